@@ -1,0 +1,1 @@
+"""Configs: `base.py` explains every field; the others are short differences from it."""

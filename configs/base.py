@@ -1,0 +1,135 @@
+"""The paper's 256-pixel model, field by field with its source.
+
+Every other config is a short difference from this one. Nested groups that differ as a whole
+(the denoiser, the two halves of T5) are replaced as a whole.
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+
+def t5(**changes) -> dict:
+    """T5 1.1 XL (App. B.1: "we employ T5-XL"), fields as kaleido_jax.models.t5.T5Config."""
+    return dict(
+        vocab_size=32128,
+        emb_dim=2048,
+        num_heads=32,
+        head_dim=64,
+        mlp_dim=5120,
+        num_encoder_layers=24,
+        num_decoder_layers=24,
+        mlp_activations=("gelu", "linear"),
+        logits_via_embedding=False,
+        relpos_buckets=32,
+        relpos_max_distance=128,
+        dropout_rate=0.0,
+        dtype="bfloat16",  # App. B.2: mixed_precision_training
+        param_dtype="float32",
+        scan_layers=False,
+        remat_policy="none",
+    ) | changes
+
+
+def unet(**changes) -> dict:
+    """The inner UNet of App. B.1, fields as kaleido_jax.models.unet.Config."""
+    return dict(
+        resolution_channels=(256, 512, 768),
+        num_resnets_per_resolution=(2, 2, 2),
+        num_attention_layers=(0, 1, 5),
+        num_heads=8,
+        temporal_dim=1024,  # emb_channels
+        conditioning_feature_dim=2048,  # T5-XL
+        conditioning_feature_proj_dim=1024,  # lm_feature_projected_channels
+        num_lm_head_layers=2,  # num_lm_attn_layers
+        masked_cross_attention=True,
+        use_attention_ffn=True,
+        micro_conditioning=(),
+        dtype="bfloat16",
+        remat_policy="none",
+    ) | changes
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0
+    # Which latents z the decoder writes, in order; () is the MDM baseline. App. B.3: combined.
+    c.latents = ("text", "bbox", "voken")
+
+    c.data = ConfigDict()
+    c.data.source = ConfigDict(dict(name="webdataset", path=""))
+    c.data.image_size = 256
+    c.data.channels = 3
+    c.data.caption_length = 128  # tokens, EOS included
+    c.data.latent_length = 288  # tokens of the combined latents, EOS included
+    c.data.pixel_centre = 127.5  # image = (uint8 - centre) / scale
+    c.data.pixel_scale = 127.5
+
+    c.vocabulary = ConfigDict()
+    c.vocabulary.path = ""  # SentencePiece model; '' is the small one of the package
+    c.vocabulary.num_vokens = 8192  # SEED's codebook, Fig. 14
+
+    c.model = ConfigDict()
+    c.model.text_encoder = ConfigDict(t5())
+    c.model.latent_decoder = ConfigDict(t5(vocab_size=40320))  # Sec. 4.1: vocabulary resized
+    c.model.freeze_encoder = True  # Sec. 3.3: "we freeze the context encoder"
+    c.model.denoiser = ConfigDict(
+        dict(
+            name="nested_unet",
+            resolution_channels=(64, 128, 256),
+            num_resnets_per_resolution=(2, 2, 1),
+            num_attention_layers=(0, 0, 0),
+            temporal_dim=1024,
+            skip_normalization=True,
+            dtype="bfloat16",
+            remat_policy="none",
+            inner=unet(),
+        )
+    )
+
+    c.diffusion = ConfigDict()
+    c.diffusion.schedule = "cosine"  # App. B.1
+    c.diffusion.shifted = True  # 'cosine-shift4' on the outer image
+    c.diffusion.shift_power = 1.0
+    c.diffusion.prediction = "v"  # ml-mdm's released setting
+    c.diffusion.loss_target = "eps"  # ml-mdm's released setting
+
+    c.train = ConfigDict()
+    c.train.batch_size = 512  # App. B.2, over all devices
+    c.train.num_steps = 400_000  # App. B.2
+    c.train.latent_weight = 1.0  # eta of L = L_DM + eta L_AR (Sec. 3.3; value not given)
+    c.train.cond_drop_rate = 0.1  # p_uncond (Sec. 2; value not given)
+    c.train.log_every = 100
+    c.train.checkpoint_every = 5_000
+    c.train.keep_checkpoints = 3
+    c.train.sample_every = 10_000  # 0 = never
+    c.train.num_samples = 16  # pictures of one sample grid
+
+    c.optim = ConfigDict()
+    c.optim.learning_rate = 1e-4  # App. B.2
+    c.optim.warmup_steps = 10_000  # App. B.2
+    c.optim.decay = "constant"  # or 'cosine', to 0 at train.num_steps
+    c.optim.b1 = 0.9  # App. B.2
+    c.optim.b2 = 0.99  # App. B.2
+    c.optim.eps = 1e-8  # App. B.2
+    c.optim.weight_decay = 0.0  # App. B.2
+    c.optim.clip_norm = 2.0  # App. B.2, global norm
+    c.optim.ema_decay = 0.9999  # App. B.2
+    c.optim.ema_warmup = False  # True: decay min(ema_decay, (1 + step) / (10 + step))
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # -1: all devices that fsdp and tensor leave
+    c.mesh.fsdp = 1
+    c.mesh.tensor = 1
+
+    # Defaults of sampling: App. E, "DDPM sampling with 250 steps".
+    c.sample = ConfigDict()
+    c.sample.sampler = "ddpm"
+    c.sample.steps = 250
+    c.sample.guidance_weight = 7.0  # Fig. 12 to 14
+    c.sample.guidance_interval = (0.0, 1.0)  # t outside of it is sampled without guidance
+    c.sample.threshold = "clip"  # 'none', 'clip' or 'dynamic'
+    c.sample.temperature = 1.0
+    c.sample.top_k = 0  # 0 = off
+    c.sample.top_p = 1.0
+    return c
