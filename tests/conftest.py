@@ -1,0 +1,24 @@
+"""What holds for every test: a CPU seen as eight devices, and a shared compilation cache.
+
+Set before the first import of jax, in every pytest-xdist worker.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import pytest
+
+DEVICES = "--xla_force_host_platform_device_count"
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8".strip()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Runs on the CPU unless the tests for an accelerator were asked for."""
+    if "gpu" not in config.getoption("-m").replace("not gpu", ""):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    cache = pathlib.Path(config.rootpath) / ".pytest_cache" / "jax"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
