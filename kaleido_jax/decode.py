@@ -1,0 +1,135 @@
+"""Autoregressive sampling of the latents z ~ p(z | c) (Sec. 3.2) in one compiled loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from kaleido_jax.errors import UserError
+
+PAD_ID = 0
+EOS_ID = 1
+# T5's start token is its padding token.
+START_ID = PAD_ID
+
+# (cache, token [B]) -> (logits of the next token [B, V], cache).
+DecodeStep = Callable[[Any, Int[Array, "b"]], tuple[Float[Array, "b v"], Any]]
+
+
+def filter_logits(
+    logits: Float[Array, "b v"],
+    temperature: float | Float[Array, ""] = 1.0,
+    top_k: int | Int[Array, ""] = 0,
+    top_p: float | Float[Array, ""] = 1.0,
+) -> Float[Array, "b v"]:
+    """Applies temperature, top-k and top-p in this order, as transformers does.
+
+    Ties with the last token kept are kept too. All three settings may be traced.
+
+    Args:
+      logits: unnormalised log-probabilities; -inf forbids a token.
+      temperature: > 0 divides the logits; exactly 0 keeps the likeliest token only (greedy).
+      top_k: keep the k likeliest tokens; 0 keeps all.
+      top_p: keep the smallest set of likeliest tokens with mass >= top_p; 1 keeps all.
+
+    Returns:
+      Filtered logits, -inf where a token is dropped.
+    """
+    vocabulary = logits.shape[-1]
+    logits = logits.astype(jnp.float32)
+    temperature = jnp.asarray(temperature, jnp.float32)
+    greedy = jnp.arange(vocabulary) == jnp.argmax(logits, axis=-1, keepdims=True)
+    scaled = logits / jnp.where(temperature > 0, temperature, 1.0)
+
+    descending = -jnp.sort(-scaled, axis=-1)
+    k = jnp.where(jnp.asarray(top_k) > 0, jnp.minimum(top_k, vocabulary), vocabulary)
+    kth = jnp.take(descending, k - 1, axis=-1)[..., None]
+    probabilities = jax.nn.softmax(jnp.where(descending >= kth, descending, -jnp.inf), axis=-1)
+    # A token stays while the mass of the likelier ones has not reached top_p.
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = (before < top_p) | (jnp.asarray(top_p) >= 1.0)
+    kept = kept.at[..., 0].set(True) & (descending >= kth)
+    smallest = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
+
+    keep = jnp.where(temperature > 0, scaled >= smallest, greedy)
+    return jnp.where(keep, scaled, -jnp.inf)
+
+
+def sample_tokens(
+    decode_step: DecodeStep,
+    cache: Any,
+    keys: Key[Array, "b"],
+    max_length: int,
+    *,
+    temperature: float | Float[Array, ""] = 1.0,
+    top_k: int | Int[Array, ""] = 0,
+    top_p: float | Float[Array, ""] = 1.0,
+    allowed: Bool[Array, "v"] | None = None,
+) -> tuple[Int[Array, "b l"], Float[Array, "b"]]:
+    """Samples token sequences until every one has its EOS or `max_length` tokens.
+
+    Args:
+      decode_step: one step of the decoder with its key-value cache; the first token it gets is
+        the start token.
+      cache: the empty cache, of at least `max_length` positions.
+      keys: one key per sample, from rng.per_sample(stream(seed, 'decode'), ids); token n uses
+        the key folded with n, so a sequence does not depend on its neighbours in the batch.
+      max_length: static number of tokens, EOS included.
+      temperature, top_k, top_p: see `filter_logits`.
+      allowed: tokens that may be written; all by default.
+
+    Returns:
+      tokens: int32 [B, max_length], 0 after EOS; without any EOS the sequence is unfinished.
+      log_prob: log p(z | c) of the tokens up to EOS under the unmodified model (no temperature,
+        no filter, no mask), float32 [B].
+    """
+    batch = keys.shape[0]
+
+    def unfinished(state):
+        index, _, _, _, _, done = state
+        return (index < max_length) & ~jnp.all(done)
+
+    def body(state):
+        index, token, cache, tokens, log_prob, done = state
+        logits, cache = decode_step(cache, token)
+        logits = logits.astype(jnp.float32)
+        permitted = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+        filtered = filter_logits(permitted, temperature, top_k, top_p)
+        step_keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+        drawn = jax.vmap(jax.random.categorical)(step_keys, filtered).astype(jnp.int32)
+        token = jnp.where(done, PAD_ID, drawn)
+        own = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[:, None], axis=-1)[:, 0]
+        log_prob = log_prob + jnp.where(done, 0.0, own)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], index, axis=1)
+        return index + 1, token, cache, tokens, log_prob, done | (token == EOS_ID)
+
+    state = (
+        jnp.int32(0),
+        jnp.full((batch,), START_ID, jnp.int32),
+        cache,
+        jnp.full((batch, max_length), PAD_ID, jnp.int32),
+        jnp.zeros((batch,), jnp.float32),
+        jnp.zeros((batch,), bool),
+    )
+    _, _, _, tokens, log_prob, _ = jax.lax.while_loop(unfinished, body, state)
+    return tokens, log_prob
+
+
+def finished(tokens: Int[Array, "b l"]) -> Bool[Array, "b"]:
+    """True where a sequence has its EOS."""
+    return (tokens == EOS_ID).any(axis=-1)
+
+
+def check_filter(temperature: float, top_k: int, top_p: float) -> None:
+    """Raises UserError unless temperature is 0..100, top_k >= 0 and 0 < top_p <= 1."""
+    if not (math.isfinite(temperature) and 0.0 <= temperature <= 100.0):
+        raise UserError(f"temperature is {temperature}; it must be between 0 (greedy) and 100")
+    if top_k < 0:
+        raise UserError(f"top_k is {top_k}; it must be 0 (keep all) or more")
+    if not 0.0 < top_p <= 1.0:
+        raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1 (keep all)")
