@@ -1,0 +1,1 @@
+"""Sources of examples, and the loader that makes batches of them."""

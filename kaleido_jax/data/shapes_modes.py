@@ -1,0 +1,98 @@
+"""The true p(mode | caption) of shapes, and what ideal guidance makes of it."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from jaxtyping import Float
+
+from kaleido_jax.data.shapes import FACTORS, TABLES, THEMES
+from kaleido_jax.data.shapes_text import parse_caption
+from kaleido_jax.errors import UserError
+
+
+def mode_probabilities(caption: str, factor: str) -> Float[np.ndarray, "modes"]:
+    """p(mode | caption) of one factor: "layout", "shape", "background" or "shade".
+
+    Raises:
+      UserError: an unknown factor or a text that is no caption of shapes.
+    """
+    _check_factor(factor)
+    theme, _ = parse_caption(caption)
+    return TABLES[factor][theme].copy()
+
+
+def guided_probabilities(
+    caption: str, factor: str, guidance_weight: float
+) -> Float[np.ndarray, "modes"]:
+    """What a perfect guided model without latents draws of one factor (Eq. 6).
+
+    Guidance weighs whole pictures, that is all factors together: p(m) (p(m | c) / p(m))^gamma over
+    the joint modes m = (layout, shapes, background), p(m) the mean over themes, then summed over
+    the other factors. Sampling z first keeps `mode_probabilities` instead.
+
+    Raises:
+      UserError: an unknown factor or a text that is no caption of shapes.
+    """
+    _check_factor(factor)
+    theme, hues = parse_caption(caption)
+    if factor == "shade":  # free of the theme, so guidance leaves it
+        return TABLES[factor][theme].copy()
+    names = ["shape"] * len(hues) + ["background"] + (["layout"] if len(hues) > 1 else [])
+    if factor not in names:
+        raise UserError(f"{caption!r} has one object and so no layout")
+    joint = np.stack(
+        [
+            np.prod(
+                list(itertools.product(*(TABLES[name][row] for name in names))), axis=1
+            ).reshape([TABLES[name].shape[1] for name in names])
+            for row in range(len(THEMES))
+        ]
+    )
+    weights = tilt(joint[theme], joint.mean(0), guidance_weight)
+    kept = names.index(factor)
+    return weights.sum(tuple(axis for axis in range(len(names)) if axis != kept))
+
+
+def guided_marginal(
+    caption: str, factor: str, guidance_weight: float
+) -> Float[np.ndarray, "modes"]:
+    """Eq. (6) as if the factor were all that the picture tells of its theme.
+
+    The strongest collapse that guidance can bring about; `guided_probabilities` accounts for the
+    evidence of the other factors, which relieves each.
+    """
+    conditional = mode_probabilities(caption, factor)
+    return tilt(conditional, TABLES[factor].mean(0), guidance_weight)
+
+
+def tilt(
+    conditional: Float[np.ndarray, "*modes"],
+    marginal: Float[np.ndarray, "*modes"],
+    guidance_weight: float,
+) -> Float[np.ndarray, "*modes"]:
+    """p(m) (p(m | c) / p(m))^gamma, normalised; modes of no probability stay without."""
+    possible = conditional > 0
+    ratio = np.log(np.where(possible, conditional, 1)) - np.log(np.where(possible, marginal, 1))
+    logits = np.where(
+        possible, np.log(np.where(possible, marginal, 1)) + guidance_weight * ratio, -np.inf
+    )
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def effective_modes(weights: Float[np.ndarray, "... modes"]) -> Float[np.ndarray, "..."]:
+    """exp(entropy) of counts or probabilities along the last axis; 0 where they sum to 0."""
+    weights = np.asarray(weights, np.float64)
+    if (weights < 0).any():
+        raise ValueError("effective_modes: weights must not be negative")
+    total = weights.sum(-1, keepdims=True)
+    p = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
+    return np.where(total[..., 0] > 0, np.exp(entropy), 0.0)
+
+
+def _check_factor(factor: str) -> None:
+    if factor not in FACTORS:
+        raise UserError(f"unknown factor {factor!r} of shapes (there are {', '.join(FACTORS)})")
