@@ -1,0 +1,1 @@
+"""Networks: a backbone is one file that exports `Model` and `Config`."""
