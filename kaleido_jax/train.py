@@ -1,0 +1,282 @@
+"""Training: one pure, jitted, sharded step and the loop around it."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from kaleido_jax import bundle, checkpoint, mesh, optim, rng, runlog
+from kaleido_jax import config as config_lib
+from kaleido_jax.data import Loader, make_source
+from kaleido_jax.errors import UserError
+from kaleido_jax.losses import LossConfig, joint_loss
+from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
+from kaleido_jax.tokens import Vocabulary
+from kaleido_jax.types import Batch, Params
+
+# Called with (step, bundle of the averaged parameters); returns a picture [H, W, 3] or None.
+SampleHook = Callable[[int, bundle.Bundle], np.ndarray | None]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that training changes, and the frozen parameters beside it.
+
+    Attributes:
+      step: updates done so far.
+      params: trained parameters. frozen: parameters without gradient or optimizer slots.
+      opt_state: of `optim.make_optimizer`, over `params` alone.
+      ema: running average of `params`.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    frozen: Params
+    opt_state: Any
+    ema: Params
+
+    def as_dict(self) -> dict[str, Any]:
+        """The tree that a checkpoint holds."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+class Trainer:
+    """The pure functions of one run, compiled for one mesh."""
+
+    def __init__(self, config: ConfigDict, devices: Any = None):
+        self.config = config
+        self.model = Kaleido(KaleidoConfig.from_config(config))
+        self.mesh = mesh.make_mesh(**config.mesh.to_dict(), devices=devices)
+        self.loss_config = LossConfig.from_config(config, self.model.cfg.ratios)
+        self.optimizer = optim.make_optimizer(config)
+        rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if config.train.batch_size % rows:
+            raise UserError(
+                f"config key 'train.batch_size' is {config.train.batch_size}; it must be a "
+                f"multiple of the {rows} devices that share a batch"
+            )
+        with mesh.use_mesh(self.mesh):
+            boxed = jax.eval_shape(self._init_boxed)
+            self.param_shardings = mesh.param_shardings(boxed, self.mesh)
+            self.shardings = self._state_shardings(nn.meta.unbox(boxed))
+
+    def _init_boxed(self) -> Any:
+        d, ratios = self.config.data, self.model.cfg.ratios
+        sides = [d.image_size * r // ratios[0] for r in ratios]
+        key = rng.stream(self.config.seed, "params")
+        variables = self.model.init(
+            key,
+            jnp.ones((1, d.caption_length), jnp.int32),
+            jnp.ones((1, d.latent_length if self.config.latents else 0), jnp.int32),
+            tuple(jnp.zeros((1, side, side, d.channels)) for side in sides),
+            jnp.zeros((1,)),
+        )
+        return variables["params"]
+
+    def _state_shardings(self, abstract: Params) -> TrainState:
+        whole = mesh.replicated(self.mesh)
+        freeze = self.config.model.freeze_encoder
+        trained, frozen = optim.split_frozen(self.param_shardings, freeze)
+        shapes, _ = optim.split_frozen(abstract, freeze)
+        slots = jax.eval_shape(self.optimizer.init, shapes)
+        opt_state = optax.tree.map_params(
+            self.optimizer,
+            lambda _, sharding: sharding,
+            slots,
+            trained,
+            transform_non_params=lambda _: whole,
+        )
+        return TrainState(whole, trained, frozen, opt_state, trained)
+
+    def _init(self) -> TrainState:
+        params = nn.meta.unbox(self._init_boxed())
+        params, frozen = optim.split_frozen(params, self.config.model.freeze_encoder)
+        # The average starts at the parameters, in memory of its own (the state is donated).
+        ema = jax.tree.map(jnp.copy, params)
+        return TrainState(
+            jnp.zeros((), jnp.int32), params, frozen, self.optimizer.init(params), ema
+        )
+
+    def init(self) -> TrainState:
+        """A new state from `config.seed`, already sharded."""
+        with mesh.use_mesh(self.mesh):
+            return jax.jit(self._init, out_shardings=self.shardings)()
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, types and shardings of the state, without memory for it."""
+        with mesh.use_mesh(self.mesh):
+            shapes = jax.eval_shape(self._init)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            self.shardings,
+        )
+
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, step: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """L = L_DM + eta L_AR of one global batch at `step`; pure."""
+        merged = optim.merge_frozen(params, frozen)
+        return joint_loss(
+            self.model, merged, batch, self.config.seed, step, self.loss_config
+        )
+
+    def update(
+        self, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+        """One update of the state; pure."""
+        grad = jax.grad(self.loss, has_aux=True)
+        grads, metrics = grad(state.params, state.frozen, batch, state.step)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        o = self.config.optim
+        ema = optim.update_ema(state.ema, params, state.step, o.ema_decay, o.ema_warmup)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return TrainState(state.step + 1, params, state.frozen, opt_state, ema), metrics
+
+    @functools.cached_property
+    def compiled_update(self) -> Callable:
+        """`update` as one program that reuses the state's memory."""
+        return jax.jit(
+            self.update,
+            in_shardings=(self.shardings, mesh.batch_sharding(self.mesh)),
+            out_shardings=(self.shardings, mesh.replicated(self.mesh)),
+            donate_argnums=0,
+        )
+
+    def step(
+        self, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+        """Runs `compiled_update` on a global batch; the old state is consumed."""
+        with mesh.use_mesh(self.mesh):
+            return self.compiled_update(state, batch)
+
+    def put(self, batch: Batch) -> Batch:
+        """Makes a global, sharded batch of this host's part."""
+        sharding = mesh.batch_sharding(self.mesh)
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+        )
+
+
+def train(
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    sample_hook: SampleHook | None = None,
+    say: Callable[[str], None] = print,
+) -> TrainState:
+    """Trains until `config.train.num_steps`, going on from the newest whole checkpoint.
+
+    Args:
+      config: a checked config.
+      workdir: gets config.json, tokenizer.model, metrics.jsonl, TensorBoard events (where clu
+        is installed), samples/ and checkpoints/.
+      sample_hook: draws the sample grid every `train.sample_every` steps.
+      say: receives one line at a time for people.
+
+    Returns:
+      The last state.
+
+    Raises:
+      UserError: the workdir was made by another config, or the data cannot be read.
+    """
+    workdir = pathlib.Path(workdir)
+    trainer = Trainer(config)
+    vocabulary = bundle.make_vocabulary(config)
+    loader = make_loader(config, vocabulary)
+    bundle.start_workdir(workdir, config, vocabulary)
+    checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
+
+    newest = checkpoints.newest_whole(say)
+    if newest is None:
+        state, start = trainer.init(), 0
+        say(f"parameters: {optim.count_parameters(state.params):,} trained, "
+            f"{optim.count_parameters(state.frozen):,} frozen")
+    else:
+        template = trainer.abstract_state().as_dict()
+        state, start = TrainState(**checkpoints.restore(newest, template)), newest
+        say(f"going on from step {newest} of {workdir}")
+    if start >= config.train.num_steps:
+        say(f"nothing to do: step {start} of {config.train.num_steps} is done")
+        return state
+    with runlog.RunLog(workdir, start, config.train, say) as log:
+        batches = loader.batches(start)
+        state = _loop(trainer, state, start, batches, checkpoints, log, sample_hook, vocabulary)
+    return state
+
+
+def _loop(
+    trainer: Trainer,
+    state: TrainState,
+    start: int,
+    batches: Iterator[Batch],
+    checkpoints: checkpoint.Checkpoints,
+    log: runlog.RunLog,
+    sample_hook: SampleHook | None,
+    vocabulary: Vocabulary,
+) -> TrainState:
+    config, t = trainer.config, trainer.config.train
+    for step in range(start, t.num_steps):
+        state, metrics = trainer.step(state, trainer.put(next(batches)))
+        done = step + 1
+        # Metrics stay on the device until a log step: the loop runs ahead of the device.
+        log.add(metrics)
+        if done % t.log_every == 0 or done == t.num_steps:
+            log.write(done)
+        if done % t.checkpoint_every == 0 or done == t.num_steps:
+            started = time.monotonic()
+            checkpoints.save(done, state.as_dict(), checkpoint_meta(config, done))
+            log.exclude(time.monotonic() - started)
+        if sample_hook and t.sample_every and (done % t.sample_every == 0 or done == t.num_steps):
+            started = time.monotonic()
+            params = optim.merge_frozen(state.ema, state.frozen)
+            image = sample_hook(done, bundle.Bundle(config, params, vocabulary, f"step {done}"))
+            if image is not None:
+                log.image(done, image)
+            log.exclude(time.monotonic() - started)
+    return state
+
+
+def checkpoint_meta(config: ConfigDict, step: int) -> dict[str, Any]:
+    """What a checkpoint tells of itself; the loader's position is the step."""
+    return {
+        "step": step,
+        "loader_position": step,
+        "config_fingerprint": config_lib.fingerprint(config),
+        "versions": runlog.versions(),
+    }
+
+
+def make_loader(config: ConfigDict, vocabulary: Vocabulary) -> Loader:
+    """The loader of `config.data`; raises UserError where data or vocabulary do not fit."""
+    for part, needed in (("text_encoder", vocabulary.num_pieces), ("latent_decoder", vocabulary.size)):
+        have = config.model[part].vocab_size
+        if have < needed and (part == "text_encoder" or config.latents):
+            raise UserError(
+                f"config key 'model.{part}.vocab_size' is {have}; this vocabulary needs {needed}"
+            )
+    d = config.data
+    return Loader(
+        make_source(d.source),
+        vocabulary,
+        latents=tuple(config.latents),
+        caption_length=d.caption_length,
+        latent_length=d.latent_length if config.latents else 0,
+        image_size=d.image_size,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+    )
