@@ -1,7 +1,8 @@
 """T5 1.0 and 1.1 encoder and decoder, the way Kaleido uses them.
 
-`TextEncoder` reads the caption c, `LatentDecoder` models the latent tokens z given its states (the paper's
-Section 3.2), `T5` is both with one shared token embedding, as published checkpoints have it.
+`TextEncoder` reads the caption c, `LatentDecoder` models the latent tokens z given its states (the
+paper's Section 3.2), `T5` is both with one shared token embedding, as published checkpoints have
+it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from kaleido_jax.models.t5_layers import (
 )
 
 __all__ = [
-    "LatentDecoder",
     "T5",
+    "LatentDecoder",
     "T5Config",
     "TextEncoder",
     "relative_position_bucket",
@@ -131,7 +132,7 @@ class Decoder(nn.Module):
             by_distance = RelativePositionBias(cfg, name="relpos_bias")(buckets)
         index = jnp.zeros((), jnp.int32)
         if decode:
-            # The bias of each distance is all that a step needs of the table: a row costs O(length).
+            # A step needs the bias of each distance only, so it costs O(length).
             self.variable("cache", "cached_bias", lambda: by_distance)
             position = self.variable("cache", "cache_index", lambda: index)
             if ready:
@@ -182,7 +183,7 @@ def _token_embedder(cfg: T5Config) -> nn.Embed:
 
 
 def _decode(embedder: nn.Embed, decoder: Decoder, tokens, *args, **kwargs):
-    """Embed, run the decoder and, for T5 1.0, read the logits off the embedding scaled by d**-0.5."""
+    """Embeds and decodes; T5 1.0's logits come from the embedding, scaled by d**-0.5."""
     hidden, logits = decoder(embedder(tokens), *args, **kwargs)
     if logits is None:
         table = embedder.embedding.astype(jnp.float32)
@@ -206,7 +207,7 @@ class TextEncoder(nn.Module):
         mask: Bool[Array, "batch length"] | None = None,
         train: bool = False,
     ) -> Float[Array, "batch length embed"]:
-        """States after the final norm; keys where `mask` (default: tokens != 0) is False are not read."""
+        """States after the final norm; keys outside `mask` (default: tokens != 0) are not read."""
         mask = tokens != 0 if mask is None else mask
         return self.encoder(self.token_embedder(tokens), mask, train)
 
@@ -229,16 +230,16 @@ class LatentDecoder(nn.Module):
         decode: bool = False,
         train: bool = False,
     ) -> tuple[Float[Array, "batch length embed"], Float[Array, "batch length vocab"]]:
-        """(hidden, logits): states after the final norm, before T5 1.0's scaling, and float32 logits.
+        """(hidden, logits): states after the final norm, before T5 1.0's scaling; float32 logits.
 
-        Teacher-forced (`decode=False`): causal; keys where `input_mask` is False are not read. The start
-        token is 0, so the mask cannot be read off the tokens and defaults to all true.
+        Teacher-forced (`decode=False`): causal; keys where `input_mask` is False are not read. The
+        start token is 0, so the mask cannot be read off the tokens and defaults to all true.
 
         Cached (`decode=True`, with mutable=["cache"]): the first call, without a cache, takes any
-        [batch, max_length] tokens and returns a cache of that length with the encoder's keys and values in
-        it (its outputs mean nothing). Each further call takes the next token (or tokens) of each sequence;
-        past `max_length` the last place is overwritten, so the caller must stop there. `enc_states` is
-        then no longer read, `enc_mask` is.
+        [batch, max_length] tokens and returns a cache of that length with the encoder's keys and
+        values in it (its outputs mean nothing). Each further call takes the next token (or tokens)
+        of each sequence; past `max_length` the last place is overwritten, so the caller must stop
+        there. `enc_states` is then no longer read, `enc_mask` is.
         """
         return _decode(
             self.token_embedder,
@@ -314,7 +315,8 @@ def _layer_count(stack: Mapping[str, Any]) -> int:
 def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     """Unscanned T5 parameters to scanned ones: `layers_0..n` become `layers`, stacked on axis 1.
 
-    Takes the tree of T5, TextEncoder or LatentDecoder, without partitioning boxes; other entries are kept.
+    Takes the tree of T5, TextEncoder or LatentDecoder, without partitioning boxes; other entries
+    are kept.
     """
     out = dict(params)
     for name in ("encoder", "decoder"):

@@ -1,7 +1,7 @@
-"""The parts of T5: configuration, relative position buckets, attention, MLP and one layer of each stack.
+"""The parts of T5: configuration, relative position buckets, attention, MLP, layers.
 
-Raffel et al. 2020 (T5 1.0) and Shazeer 2020, "GLU variants" (T5 1.1). Parameters bear t5x's names and
-two-dimensional shapes, so an unscanned t5x checkpoint loads by identity.
+Raffel et al. 2020 (T5 1.0) and Shazeer 2020, "GLU variants" (T5 1.1). Parameters bear t5x's names
+and two-dimensional shapes, so an unscanned t5x checkpoint loads by identity.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 class T5Config:
     """Sizes and switches of a T5 model; the field names are t5x's.
 
-    `mlp_activations` is ("gelu", "linear") for T5 1.1 and ("relu",) for T5 1.0, whose head is the token
-    embedding itself (`logits_via_embedding`). `dtype` is what the layers compute in, `param_dtype` what
-    parameters are stored in; attention's softmax, the norms' statistics and the logits are float32 always.
-    `remat_policy`: "none" keeps every activation, "minimal" keeps matrix products without batch
-    dimensions, "full" recomputes each layer in the backward pass.
+    `mlp_activations` is ("gelu", "linear") for T5 1.1 and ("relu",) for T5 1.0, whose head is the
+    token embedding itself (`logits_via_embedding`). `dtype` is what the layers compute in,
+    `param_dtype` what parameters are stored in; attention's softmax, the norms' statistics and the
+    logits are float32 always. `remat_policy`: "none" keeps every activation, "minimal" keeps matrix
+    products without batch dimensions, "full" recomputes each layer in the backward pass.
 
     Raises UserError for values that no T5 has.
     """
@@ -79,11 +79,13 @@ class T5Config:
         unknown = [a for a in self.mlp_activations if a not in ACTIVATIONS]
         if unknown or not self.mlp_activations:
             raise UserError(
-                f"T5 config: mlp_activations {list(self.mlp_activations)} must be of {sorted(ACTIVATIONS)}"
+                f"T5 config: mlp_activations {list(self.mlp_activations)} must be of "
+                f"{sorted(ACTIVATIONS)}"
             )
         if self.remat_policy not in REMAT_POLICIES:
             raise UserError(
-                f"T5 config: remat_policy {self.remat_policy!r} must be one of {list(REMAT_POLICIES)}"
+                f"T5 config: remat_policy {self.remat_policy!r} must be one of "
+                f"{list(REMAT_POLICIES)}"
             )
         if self.relpos_buckets < 4 or self.relpos_buckets % 2:
             raise UserError(
@@ -99,7 +101,7 @@ class T5Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> T5Config:
-        """Configuration from a plain mapping; raises UserError for an unknown key, naming the nearest."""
+        """From a plain mapping; raises UserError for an unknown key, naming the nearest."""
         known = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
@@ -112,7 +114,7 @@ class T5Config:
 def relative_position_bucket(
     relative_position: np.ndarray, bidirectional: bool, num_buckets: int, max_distance: int
 ) -> np.ndarray:
-    """Bucket of each (key position - query position), T5 Section 2.1; int32 in [0, num_buckets), same shape.
+    """Bucket of each key position - query position (T5, Section 2.1): int32 in [0, num_buckets).
 
     Half of a direction's buckets are exact distances, the rest are spaced logarithmically up to
     `max_distance`. Positions are static, so this runs on the host in float64.
@@ -139,7 +141,7 @@ class RelativePositionBias(nn.Module):
     cfg: T5Config
 
     @nn.compact
-    def __call__(self, buckets: Int[np.ndarray, "..."]) -> Float[Array, "heads ..."]:
+    def __call__(self, buckets: Int[np.ndarray, "*shape"]) -> Float[Array, "heads ..."]:
         """Bias [heads, *buckets.shape] in float32, as it is added to float32 logits."""
         init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
         table = self.param(
@@ -181,11 +183,11 @@ def dropout(cfg: T5Config, train: bool) -> nn.Dropout:
 
 
 class Attention(nn.Module):
-    """Multi-head attention without scaling at run time: 1/sqrt(head_dim) sits in the query's initialiser.
+    """Multi-head attention, unscaled: 1/sqrt(head_dim) sits in the query's initialiser.
 
-    `cache` is "" (none), "self" (keys and values of past tokens) or "cross" (the encoder's keys and values,
-    computed once). A call that finds no cache creates it: with "self" as zeros of the length it was given,
-    with "cross" from `memory`, and otherwise attends as without one.
+    `cache` is "" (none), "self" (keys and values of past tokens) or "cross" (the encoder's keys and
+    values, computed once). A call that finds no cache creates it: with "self" as zeros of the
+    length it was given, with "cross" from `memory`, and otherwise attends as without one.
     """
 
     cfg: T5Config
@@ -201,7 +203,7 @@ class Attention(nn.Module):
         bias: Float[Array, "heads length all_keys"] | None = None,
         index: Int[Array, ""] | None = None,
     ) -> Float[Array, "batch length embed"]:
-        """`index` is the position of the first token of `x` in the self cache; masked keys get no weight."""
+        """`index` is the place of the first token of `x` in the self cache."""
         cfg = self.cfg
         width = cfg.num_heads * cfg.head_dim
 
@@ -245,7 +247,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Feed-forward block: the product of one activation per input kernel (`wi`, or `wi_0`, `wi_1` gated)."""
+    """Feed-forward block: one activation per input kernel, multiplied (`wi`; `wi_0`, `wi_1`)."""
 
     cfg: T5Config
     train: bool = False
@@ -268,7 +270,7 @@ def _residual(cfg: T5Config, train: bool, x: Array, y: Array) -> Array:
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention, then MLP, each on the normed input and added back. Returns (x, None) for nn.scan."""
+    """Self-attention, then MLP, each on the normed input. Returns (x, None) for nn.scan."""
 
     cfg: T5Config
     train: bool = False
