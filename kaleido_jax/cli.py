@@ -1,0 +1,199 @@
+"""The command `kaleido`: one small function per verb, heavy imports inside them.
+
+Exit status: 0 done, 1 failed, 2 misuse (one line says what), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+import kaleido_jax
+from kaleido_jax import cli_arguments as arguments
+from kaleido_jax.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb.
+
+    Args:
+      argv: the words after `kaleido`; those of the process by default.
+
+    Returns:
+      The exit status.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        args = parse([word for word in words if word != "--debug"])
+        return args.run(args) or 0
+    except SystemExit as stop:  # argparse after --help and --version
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    except BrokenPipeError:
+        # The reader (`| head`) went away; keep the interpreter from flushing into the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        if _is_misuse(error):
+            return _say(str(error), 2)
+        hint = "" if debug else " (--debug shows where)"
+        return _say(f"{type(error).__name__}: {_first_line(error)}{hint}", 1)
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of one verb, `run` its function, `overrides` the `--config.a.b=VALUE` words.
+
+    Raises:
+      UserError: an unknown verb or argument (naming the nearest), a value out of range.
+      SystemExit: after --help and --version.
+    """
+    verb = words[0] if words else ""
+    if not verb.startswith("-") and verb not in VERBS:
+        what = f"unknown verb {verb!r}{_nearest(verb, VERBS)}" if verb else "which verb?"
+        raise UserError(f"{what} (verbs: {', '.join(VERBS)}; `kaleido --help` explains)")
+    overrides = [word for word in words if word.startswith("--config.")]
+    for word in overrides:
+        if verb != "train":
+            raise UserError(f"{word}: only `kaleido train` takes overrides")
+        if "=" not in word:
+            raise UserError(f"{word}: write --config.a.b=VALUE, with the equals sign")
+    args = build_parser().parse_args([word for word in words if word not in overrides])
+    args.overrides = overrides
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; each sets `run` to its function."""
+    parser = _Parser(
+        prog="kaleido",
+        description="Kaleido Diffusion: draw latents for a caption, then the picture.",
+        epilog="`kaleido VERB --help` explains a verb. Any verb takes --debug.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=kaleido_jax.__version__)
+    verbs = parser.add_subparsers(
+        title="verbs", dest="verb", metavar="VERB", required=True, parser_class=_Parser
+    )
+    for name, (add, run) in VERBS.items():
+        add(verbs, name).set_defaults(run=run)
+    return parser
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Trains the toy, samples the shapes model and its baseline, writes a page of both."""
+    from kaleido_jax import demo as package
+
+    package.run(args.out, quick=args.quick)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Reports devices, memory, versions and extras; 1 if something needed does not work."""
+    from kaleido_jax import cli_doctor
+
+    return cli_doctor.run()
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains by a config, or with --dry-run only says what would be trained."""
+    from kaleido_jax import config as config_module
+
+    config = config_module.load_config(args.config, args.overrides)
+    if args.dry_run:
+        print(config_module.to_json(config), end="")
+        return
+    if args.workdir is None:
+        raise UserError("train: --workdir DIR is needed (or --dry-run)")
+    from kaleido_jax import train as training
+
+    training.train(config, args.workdir)
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Samples pictures for each prompt and writes them with their latent documents."""
+    from kaleido_jax import prompts as prompt_module
+
+    if args.prompts is not None:
+        prompts = prompt_module.read_prompts(args.prompts)
+    else:
+        prompts = [prompt_module.clean_prompt(text, "--prompt") for text in args.prompt]
+    arguments.need_folder(args.checkpoint, "--checkpoint")
+
+    from kaleido_jax import generate
+
+    pipe = generate.Pipeline.from_pretrained(args.checkpoint)
+    given = {
+        "guidance_weight": args.guidance,
+        "num_steps": args.steps,
+        "sampler": args.sampler,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "batch_size": args.batch_size,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    output = pipe(prompts, num_images=args.num, seed=args.seed, **given)
+    generate.write_outputs(output, args.out)
+    print(f"{len(output.images)} pictures and their documents: {args.out}")
+
+
+VERBS = {
+    "demo": (arguments.add_demo, demo),
+    "doctor": (arguments.add_doctor, doctor),
+    "train": (arguments.add_train, train),
+    "sample": (arguments.add_sample, sample),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, with the nearest of the known arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        verb = self.prog.removeprefix("kaleido").strip()
+        raise UserError(f"{verb}: {message}" if verb else message)
+
+    def parse_args(self, args=None, namespace=None):
+        namespace, rest = self.parse_known_args(args, namespace)
+        if rest:
+            known = [
+                flag for action in self._verb(namespace)._actions for flag in action.option_strings
+            ]
+            self.error(f"{namespace.verb}: unknown argument {rest[0]!r}{_nearest(rest[0], known)}")
+        return namespace
+
+    def _verb(self, namespace: argparse.Namespace) -> argparse.ArgumentParser:
+        return self._subparsers._group_actions[0].choices[namespace.verb]
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word.partition("=")[0], list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _is_misuse(error: Exception) -> bool:
+    if isinstance(error, UserError):
+        return True
+    latents = sys.modules.get("kaleido_jax.latents.errors")  # no error of it without the module
+    return latents is not None and isinstance(error, latents.LatentError)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"
+
+
+def _say(message: str, status: int) -> int:
+    print(f"kaleido: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

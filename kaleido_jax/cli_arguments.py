@@ -1,0 +1,225 @@
+"""The arguments of each verb of `kaleido`, their limits, help and examples."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import pathlib
+from collections.abc import Callable
+
+from kaleido_jax.errors import UserError
+
+MAX_STEPS = 1_000  # the noise levels of the schedules
+MAX_SEED = 2**32 - 1
+
+
+def add_demo(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:
+    """`kaleido demo`."""
+    parser = _add(
+        verbs,
+        name,
+        "train in small, sample, compare with the baseline, write a page",
+        """
+        kaleido demo                      # minutes on two CPU cores; opens from ./demo/index.html
+        kaleido demo --out /tmp/kaleido --quick
+        """,
+    )
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("demo"),
+        metavar="DIR",
+        help="folder to write (default: ./demo)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few steps of everything: shows that it runs, not that it works",
+    )
+    return parser
+
+
+def add_doctor(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:
+    """`kaleido doctor`."""
+    return _add(
+        verbs,
+        name,
+        "report devices, memory, versions and extras, and what to mend",
+        """
+        kaleido doctor
+        """,
+    )
+
+
+def add_train(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:
+    """`kaleido train`."""
+    parser = _add(
+        verbs,
+        name,
+        "train a model by a config; run it again to go on where it stopped",
+        """
+        kaleido train --config configs/shapes.py --workdir runs/shapes
+        kaleido train --config shapes --workdir runs/baseline --config.latents='()'
+        kaleido train --config cifar10 --dry-run --config.train.batch_size=64
+
+        --config.a.b=VALUE sets one field of the config; --dry-run prints them all.
+        """,
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE|NAME",
+        help="a config file, or the name of an installed one",
+    )
+    parser.add_argument(
+        "--workdir",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="folder for checkpoints, metrics and sample grids",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the config, print it resolved, train nothing"
+    )
+    return parser
+
+
+def add_sample(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:
+    """`kaleido sample`."""
+    parser = _add(
+        verbs,
+        name,
+        "draw latents and pictures for prompts",
+        """
+        kaleido sample --checkpoint runs/shapes --prompt "dawn: a red shape" --out out
+        kaleido sample --checkpoint runs/shapes --prompts prompts.txt --num 8 --guidance 4
+        kaleido sample --checkpoint runs/shapes --prompt "a shape" --sampler ddim --steps 50
+
+        A prompt file is UTF-8 text with one prompt a line, or .jsonl with {"prompt": "..."} lines.
+        What is not given is taken from the checkpoint's config.
+        """,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=pathlib.Path,
+        metavar="DIR",
+        help="workdir, checkpoint or export to sample from",
+    )
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="a caption; may be given several times"
+    )
+    prompts.add_argument("--prompts", type=pathlib.Path, metavar="FILE", help="a file of captions")
+    parser.add_argument(
+        "--num",
+        type=whole(1),
+        default=16,
+        metavar="N",
+        help="pictures for each prompt (default: 16)",
+    )
+    parser.add_argument(
+        "--guidance",
+        type=number(),
+        metavar="G",
+        help="guidance weight; 1 is none, 0 the unconditional model",
+    )
+    parser.add_argument(
+        "--steps", type=whole(1, MAX_STEPS), metavar="S", help=f"denoising steps, 1 to {MAX_STEPS}"
+    )
+    parser.add_argument("--sampler", metavar="NAME", help="ddpm or ddim")
+    parser.add_argument(
+        "--seed",
+        type=whole(0, MAX_SEED),
+        default=0,
+        metavar="K",
+        help="picture i of a prompt depends on the seed and i (default: 0)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=number(0.0),
+        metavar="T",
+        help="of the latents; 0 takes the most probable token",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=whole(0),
+        metavar="K",
+        help="latent tokens only from the K most probable; 0 is all",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=number(0.0, 1.0, open_below=True),
+        metavar="P",
+        help="latent tokens only from the smallest set of probability P",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=whole(1),
+        metavar="B",
+        help="pictures at once; changes memory and speed, not the pictures",
+    )
+    parser.add_argument(
+        "--out",
+        type=pathlib.Path,
+        default=pathlib.Path("samples"),
+        metavar="DIR",
+        help="folder to write (default: ./samples)",
+    )
+    return parser
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """An argparse type: whole numbers in [low, high]."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < low or (high is not None and value > high):
+            limits = f"at least {low}" if high is None else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {limits}")
+        return value
+
+    return read
+
+
+def number(
+    low: float = -math.inf, high: float = math.inf, open_below: bool = False
+) -> Callable[[str], float]:
+    """An argparse type: finite numbers in [low, high], or (low, high] if `open_below`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not low <= value <= high or (open_below and value == low):
+            limits = "" if low == -math.inf else f" {'over' if open_below else 'from'} {low:g}"
+            limits += "" if high == math.inf else f" to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number{limits}")
+        return value
+
+    return read
+
+
+def need_folder(path: pathlib.Path, flag: str) -> None:
+    """Refuses a path that is not a folder; raises UserError."""
+    if not path.exists():
+        raise UserError(f"{flag}: there is no folder {path}")
+    if not path.is_dir():
+        raise UserError(f"{flag}: {path} is a file; a folder is needed")
+
+
+def _add(
+    verbs: argparse._SubParsersAction, name: str, summary: str, examples: str
+) -> argparse.ArgumentParser:
+    lines = [line.removeprefix(" " * 8) for line in examples.strip("\n").rstrip().split("\n")]
+    return verbs.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog="\n".join(["examples:", *(f"  {line}".rstrip() for line in lines)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )

@@ -1,0 +1,236 @@
+"""`kaleido`: help of every verb, exit statuses, one line for each misuse."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+import kaleido_jax
+from kaleido_jax import cli, prompts
+from kaleido_jax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def misuse(capsys, *words: str) -> str:
+    """Runs `kaleido WORDS`, which must exit 2 with one line; returns that line."""
+    assert cli.main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("kaleido: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_every_verb_has_help_with_examples(capsys, verb):
+    assert cli.main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"usage: kaleido {verb}" in text
+    assert f"  kaleido {verb}" in text.partition("examples:")[2]
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_help_names_every_verb(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"    {verb}" in text for verb in cli.VERBS)
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == kaleido_jax.__version__
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", "which verb"),
+        ("trian", "did you mean 'train'"),
+        ("xyzzy", "unknown verb 'xyzzy'"),
+        ("train --config base", "--workdir DIR is needed"),
+        ("train --workdir w", "--config"),
+        ("train --config base --workdr w", "did you mean '--workdir'"),
+        ("train --config no_such --dry-run", "no_such"),
+        ("train --config base --dry-run --config.train.batch_sise=4", "'train.batch_size'"),
+        ("train --config base --dry-run --config.train.batch_size=many", "must be a int"),
+        ("train --config base --dry-run --config.train.batch_size", "equals sign"),
+        ("train --config base --dry-run --config.train.cond_drop_rate=1.5", "[0.0, 1.0]"),
+        ("sample --checkpoint x --prompt p --config.a=1", "only `kaleido train`"),
+        ("sample --prompt p", "--checkpoint"),
+        ("sample --checkpoint x", "--prompt"),
+        ("sample --checkpoint x --prompt p --prompts q", "not allowed with"),
+        ("sample --checkpoint no_such --prompt p", "there is no folder no_such"),
+        ("sample --checkpoint x --prompt p --guidence 3", "did you mean '--guidance'"),
+        ("sample --checkpoint x --prompt p --guidance nan", "finite"),
+        ("sample --checkpoint x --prompt p --steps 1001", "1 to 1000"),
+        ("sample --checkpoint x --prompt p --steps 2.5", "1 to 1000"),
+        ("sample --checkpoint x --prompt p --num 0", "at least 1"),
+        ("sample --checkpoint x --prompt p --seed -1", "0 to 4294967295"),
+        ("sample --checkpoint x --prompt p --temperature -0.1", "from 0"),
+        ("sample --checkpoint x --prompt p --top-p 0", "over 0 to 1"),
+        ("sample --checkpoint x --prompts no_such.txt", "no_such.txt"),
+        ("demo --quik", "did you mean '--quick'"),
+    ],
+)
+def test_misuse_is_one_line(capsys, words, expected):
+    assert expected in misuse(capsys, *words.split())
+
+
+def test_a_file_is_no_checkpoint(capsys, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("x")
+    line = misuse(capsys, "sample", "--checkpoint", str(path), "--prompt", "p")
+    assert "a folder is needed" in line
+
+
+def test_a_folder_without_a_model_is_no_checkpoint(capsys, tmp_path):
+    line = misuse(capsys, "sample", "--checkpoint", str(tmp_path), "--prompt", "p")
+    assert str(tmp_path) in line
+
+
+@pytest.mark.parametrize("text", ["", "  \n", "x" * 2001, "a\x00b", "a\x1b[31mb", "\ud800"])
+def test_bad_prompts_are_refused(capsys, tmp_path, text):
+    line = misuse(capsys, "sample", "--checkpoint", str(tmp_path), "--prompt", text)
+    assert "--prompt: " in line
+    assert len(line) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("p.txt", b"", "no prompt in it"),
+        ("p.txt", b"\n \n", "no prompt in it"),
+        ("p.txt", b"fine\n\xff\xfe\n", "line 2: byte 0xFF is not UTF-8"),
+        ("p.txt", b"fine\n\nbell\x07\n", "line 3: control character U+0007"),
+        ("p.txt", b"fine\n" + b"y" * 2001, "line 2: the prompt has 2,001 characters"),
+        ("p.jsonl", b'{"prompt": "fine"}\n{"prompt": }\n', "line 2: not JSON"),
+        ("p.jsonl", b'{"caption": "x"}\n', 'line 1: no text under "prompt"'),
+        ("p.jsonl", b'["x"]\n', 'line 1: no text under "prompt"'),
+        ("p.jsonl", b'{"prompt": 3}\n', 'line 1: no text under "prompt"'),
+        ("p.jsonl", b'{"prompt": ""}\n', "line 1: the prompt is empty"),
+        ("p.jsonl", b"[" * 100_000, "line 1: not JSON"),
+    ],
+)
+def test_bad_prompt_files_are_refused(capsys, tmp_path, name, data, expected):
+    path = tmp_path / name
+    path.write_bytes(data)
+    line = misuse(capsys, "sample", "--checkpoint", str(tmp_path), "--prompts", str(path))
+    assert expected in line
+    assert str(path) in line
+
+
+def test_a_folder_is_no_prompt_file(tmp_path):
+    with pytest.raises(UserError, match="is a folder"):
+        prompts.read_prompts(tmp_path)
+
+
+def test_prompt_files_are_read(tmp_path):
+    text = tmp_path / "p.txt"
+    # A byte-order mark, Windows line ends, a decomposed letter, a tab, a line separator inside.
+    text.write_bytes("\ufeffcafe\u0301\r\n\r\na\tcat \n".encode())
+    assert prompts.read_prompts(text) == ["caf\u00e9", "a cat"]
+    lines = tmp_path / "p.jsonl"
+    lines.write_text('{"prompt": "<extra_id_0> \\u00e9", "n": 1}\n', "utf-8")
+    assert prompts.read_prompts(lines) == ["<extra_id_0> \u00e9"]
+
+
+def test_prompt_length_counts_after_normalisation():
+    assert len(prompts.clean_prompt("e\u0301" * 2000)) == 2000
+
+
+def test_dry_run_prints_the_resolved_config(capsys):
+    words = ["train", "--config", "base", "--dry-run", "--config.train.batch_size=7"]
+    assert cli.main(words) == 0
+    assert json.loads(capsys.readouterr().out)["train"]["batch_size"] == 7
+
+
+def test_train_passes_config_and_workdir(monkeypatch, tmp_path):
+    calls = []
+    fake = types.ModuleType("kaleido_jax.train")
+    fake.train = lambda config, workdir: calls.append((config.seed, workdir))
+    monkeypatch.setitem(sys.modules, "kaleido_jax.train", fake)
+    monkeypatch.setattr(kaleido_jax, "train", fake, raising=False)
+    words = ["train", "--config", "base", "--workdir", str(tmp_path), "--config.seed=3"]
+    assert cli.main(words) == 0
+    assert calls == [(3, tmp_path)]
+
+
+class Boom(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("shapes.py: no"), 2, "kaleido: shapes.py: no\n"),
+        (KeyboardInterrupt(), 130, "kaleido: interrupted\n"),
+        (Boom("first\nsecond"), 1, "kaleido: Boom: first (--debug shows where)\n"),
+        (Boom(), 1, "kaleido: Boom: no message (--debug shows where)\n"),
+        (OSError(28, "No space left on device"), 1,
+         "kaleido: OSError: [Errno 28] No space left on device (--debug shows where)\n"),
+    ],
+)  # fmt: skip
+def test_errors_become_exit_statuses(monkeypatch, capsys, error, status, line):
+    def fail(args):
+        raise error
+
+    monkeypatch.setitem(cli.VERBS, "doctor", (cli.VERBS["doctor"][0], fail))
+    assert cli.main(["doctor"]) == status
+    assert capsys.readouterr().err == line
+
+
+def test_debug_shows_the_traceback(monkeypatch, capsys):
+    def fail(args):
+        raise Boom("here")
+
+    monkeypatch.setitem(cli.VERBS, "doctor", (cli.VERBS["doctor"][0], fail))
+    assert cli.main(["doctor", "--debug"]) == 1
+    text = capsys.readouterr().err
+    assert "in fail" in text
+    assert text.endswith("kaleido: Boom: here\n")
+
+
+def test_latent_errors_are_misuse(monkeypatch, capsys):
+    from kaleido_jax.latents import bbox
+    from kaleido_jax.latents.errors import LatentError
+
+    def fail(args):
+        bbox.parse("dog (1, 2, 3)")
+
+    with pytest.raises(LatentError):
+        fail(None)
+    monkeypatch.setitem(cli.VERBS, "doctor", (cli.VERBS["doctor"][0], fail))
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_doctor_reports_and_names_what_is_missing(monkeypatch, capsys):
+    from kaleido_jax import cli_doctor
+
+    real = cli_doctor.importlib.metadata.version
+    monkeypatch.setattr(
+        cli_doctor.importlib.metadata, "requires", lambda _: ["numpy>=1", "jax>=999", "nosuch>=1"]
+    )
+    monkeypatch.setattr(cli_doctor.importlib.metadata, "version", real)
+    assert cli.main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert "devices: 8 x cpu" in text
+    assert "numpy" in text
+    assert "to mend: nosuch is missing" in text
+    assert f"jax {real('jax')} is installed, >=999 is needed" in text
+
+
+def test_the_process_exits_with_the_status():
+    result = subprocess.run(
+        [sys.executable, "-m", "kaleido_jax.cli", "trian"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
