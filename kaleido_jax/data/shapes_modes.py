@@ -12,7 +12,7 @@ from kaleido_jax.data.shapes_text import parse_caption
 from kaleido_jax.errors import UserError
 
 
-def mode_probabilities(caption: str, factor: str) -> Float[np.ndarray, "modes"]:
+def mode_probabilities(caption: str, factor: str) -> Float[np.ndarray, " modes"]:
     """p(mode | caption) of one factor: "layout", "shape", "background" or "shade".
 
     Raises:
@@ -25,7 +25,7 @@ def mode_probabilities(caption: str, factor: str) -> Float[np.ndarray, "modes"]:
 
 def guided_probabilities(
     caption: str, factor: str, guidance_weight: float
-) -> Float[np.ndarray, "modes"]:
+) -> Float[np.ndarray, " modes"]:
     """What a perfect guided model without latents draws of one factor (Eq. 6).
 
     Guidance weighs whole pictures, that is all factors together: p(m) (p(m | c) / p(m))^gamma over
@@ -57,7 +57,7 @@ def guided_probabilities(
 
 def guided_marginal(
     caption: str, factor: str, guidance_weight: float
-) -> Float[np.ndarray, "modes"]:
+) -> Float[np.ndarray, " modes"]:
     """Eq. (6) as if the factor were all that the picture tells of its theme.
 
     The strongest collapse that guidance can bring about; `guided_probabilities` accounts for the
@@ -68,10 +68,10 @@ def guided_marginal(
 
 
 def tilt(
-    conditional: Float[np.ndarray, "*modes"],
-    marginal: Float[np.ndarray, "*modes"],
+    conditional: Float[np.ndarray, " *modes"],
+    marginal: Float[np.ndarray, " *modes"],
     guidance_weight: float,
-) -> Float[np.ndarray, "*modes"]:
+) -> Float[np.ndarray, " *modes"]:
     """p(m) (p(m | c) / p(m))^gamma, normalised; modes of no probability stay without."""
     possible = conditional > 0
     ratio = np.log(np.where(possible, conditional, 1)) - np.log(np.where(possible, marginal, 1))
@@ -82,7 +82,7 @@ def tilt(
     return weights / weights.sum()
 
 
-def effective_modes(weights: Float[np.ndarray, "... modes"]) -> Float[np.ndarray, "..."]:
+def effective_modes(weights: Float[np.ndarray, "*batch modes"]) -> Float[np.ndarray, " *batch"]:
     """exp(entropy) of counts or probabilities along the last axis; 0 where they sum to 0."""
     weights = np.asarray(weights, np.float64)
     if (weights < 0).any():

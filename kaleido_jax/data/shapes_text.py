@@ -13,6 +13,9 @@ from kaleido_jax.data.shapes import (
     Shape,
 )
 from kaleido_jax.errors import UserError
+from kaleido_jax.latents import bbox, blob
+from kaleido_jax.latents.bbox import Box
+from kaleido_jax.latents.blob import Ellipse
 
 _COUNTS = ("", "one shape", "two shapes", "three shapes")
 
@@ -54,29 +57,36 @@ def name_of(item: Shape) -> str:
 
 
 def phrases(scene: Scene) -> list[str]:
-    """One phrase an object; read in order they also tell background and layout."""
+    """One phrase an object, then the background's; in order they tell the layout too."""
     first, *others = scene.objects
-    result = [f"on {GREY_NAMES[scene.background]} a {name_of(first)}"]
+    result = [f"a {name_of(first)}"]
     if others:
         result.append(f"{LAYOUTS[scene.layout]} a {name_of(others[0])}")
     result += [f"and a {name_of(item)}" for item in others[1:]]
-    return result
+    return [*result, f"on {GREY_NAMES[scene.background]}"]
 
 
 def grounded_caption(scene: Scene) -> str:
-    """The latent `bbox`: each phrase with its box, naming every mode of the scene."""
-    return " ".join(
-        f"{phrase} ({', '.join(map(str, item.box))})"
-        for phrase, item in zip(phrases(scene), scene.objects, strict=True)
-    )
+    """The latent `bbox`: each phrase with its box, naming every mode of the scene.
+
+    >>> "a dark red disc (40, 310, 395, 580) left of a pale blue disc (520, 401, 890, 660) on grey"
+    """
+    boxes = [Box(*item.box) for item in scene.objects]
+    return bbox.write(_segments(scene, bbox.Segment, boxes))
 
 
 def blobs(scene: Scene) -> str:
     """The latent `blob`: the same phrases with (xc, yc, r_major, r_minor, theta)."""
-    return " ".join(
-        f"{phrase} ({item.x}, {item.y}, {item.major}, {item.minor}, {item.theta})"
-        for phrase, item in zip(phrases(scene), scene.objects, strict=True)
-    )
+    ellipses = [
+        Ellipse(item.x, item.y, item.major, item.minor, item.theta) for item in scene.objects
+    ]
+    return blob.write(_segments(scene, blob.Segment, ellipses))
+
+
+def _segments(scene, segment, figures):
+    *named, background = phrases(scene)
+    pairs = zip(named, figures, strict=True)
+    return (*(segment(phrase, (figure,)) for phrase, figure in pairs), segment(background, ()))
 
 
 # Each part has several wordings; the scene's `style` picks one of each.
