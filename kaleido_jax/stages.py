@@ -1,0 +1,203 @@
+"""The compiled stages of generation: captions -> states, states -> z, (states, z) -> pictures.
+
+Each is pure and jitted once per model and shape. Seeds, guidance weight and the filters of the
+decoder are traced, so a sweep over them compiles nothing anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from kaleido_jax import decode, diffusion, guidance, rng, samplers
+from kaleido_jax.models.kaleido import Kaleido, join
+from kaleido_jax.schedule import Schedule, time_grid
+from kaleido_jax.types import Conditioning, Params, Pyramid
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """What of a model's diffusion the sampler must know; fixed by the model's config.
+
+    Attributes:
+      schedules: one per resolution, highest first.
+      prediction: what the network predicts: 'v', 'eps' or 'x0'.
+      shapes: (height, width, channels) of each resolution.
+    """
+
+    schedules: tuple[Schedule, ...]
+    prediction: str
+    shapes: tuple[tuple[int, int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What decides the compiled sampling loop, hence static.
+
+    Attributes:
+      sampler: name in samplers.SAMPLERS.
+      num_steps: number of steps of the time grid.
+      threshold: name in samplers.THRESHOLDS.
+      eta: DDIM's stochasticity; 0 for other samplers.
+      guided: whether the unconditional branch is computed at all.
+      interval: whether it is computed within an interval of t only.
+    """
+
+    sampler: str
+    num_steps: int
+    threshold: str
+    eta: float
+    guided: bool
+    interval: bool
+
+
+def sample_keys(
+    seeds: Int[Array, "b"], name: str, indices: Int[Array, "b"], attempt: int | Int[Array, ""] = 0
+) -> Key[Array, "b"]:
+    """One key per sample, a function of (its seed, stream name, its index, attempt) alone."""
+
+    def one(seed: Int[Array, ""], index: Int[Array, ""]) -> Key[Array, ""]:
+        return rng.per_sample(rng.stream(seed, name, attempt), index[None])[0]
+
+    return jax.vmap(one)(seeds, indices)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(model: Kaleido, params: Params, caption_tokens: Int[Array, "b lc"]) -> Conditioning:
+    """Encoder states of captions."""
+    return model.apply({"params": params}, caption_tokens, method="encode")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def null_condition(model: Kaleido, params: Params, length: int) -> Any:
+    """The null condition as the denoiser reads it, for a batch of one."""
+    variables = {"params": params}
+    null = model.apply(variables, 1, length, method="null_condition")
+    return model.apply(variables, null, method="encode_condition")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def draw_latents(
+    model: Kaleido,
+    params: Params,
+    length: int,
+    encoded: Conditioning,
+    seeds: Int[Array, "b"],
+    indices: Int[Array, "b"],
+    attempt: Int[Array, ""],
+    temperature: Float[Array, ""],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
+    allowed: Bool[Array, "v"],
+) -> tuple[Int[Array, "b lz"], Float[Array, "b"]]:
+    """Samples z ~ p(z | c) with a key-value cache; returns (tokens, log p(z | c))."""
+    empty = jnp.zeros((seeds.shape[0], length), jnp.int32)
+    _, variables = model.apply(
+        {"params": params}, empty, encoded, method="decode_step", mutable=["cache"]
+    )
+
+    def step(cache: Any, token: Int[Array, "b"]) -> tuple[Float[Array, "b v"], Any]:
+        (_, logits), new = model.apply(
+            {"params": params, "cache": cache},
+            token[:, None],
+            encoded,
+            method="decode_step",
+            mutable=["cache"],
+        )
+        return logits[:, 0], new["cache"]
+
+    return decode.sample_tokens(
+        step,
+        variables["cache"],
+        sample_keys(seeds, "decode", indices, attempt),
+        length,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        allowed=allowed,
+    )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def render(
+    model: Kaleido,
+    params: Params,
+    process: Process,
+    plan: Plan,
+    encoded: Conditioning,
+    latent_tokens: Int[Array, "b lz"] | None,
+    null: Any,
+    seeds: Int[Array, "b"],
+    indices: Int[Array, "b"],
+    guidance_weight: Float[Array, ""],
+    interval: Float[Array, "2"],
+) -> Pyramid:
+    """Samples x ~ p(x | z, c) at every resolution (the two steps after Eq. 7).
+
+    Args:
+      encoded: encoder states of the captions.
+      latent_tokens: z; None for a model without latents.
+      null: from `null_condition`.
+      guidance_weight, interval: read where the plan says that they matter.
+
+    Returns:
+      float32 images in model space, highest resolution first.
+    """
+    variables = {"params": params}
+    condition = encoded
+    if latent_tokens is not None:
+        hidden, _, mask = model.apply(variables, latent_tokens, encoded, method="latent_states")
+        condition = join(encoded, Conditioning(states=hidden, mask=mask))
+    condition = model.apply(variables, condition, method="encode_condition")
+    null = jax.tree.map(lambda row, like: jnp.broadcast_to(row, like.shape), null, condition)
+
+    guided = guidance.guide(
+        functools.partial(denoise, model, params, process),
+        condition,
+        null if plan.guided else None,
+        guidance_weight,
+        interval if plan.interval else None,
+    )
+    keys = sample_keys(seeds, "sample", indices)
+    noise = samplers.sample_noise(keys, 0, process.shapes)
+    options = {"eta": plan.eta} if plan.sampler == "ddim" else {}
+    return samplers.SAMPLERS[plan.sampler](
+        guided,
+        noise,
+        time_grid(plan.num_steps),
+        process.schedules,
+        keys,
+        plan.threshold,
+        **options,
+    )
+
+
+def denoise(
+    model: Kaleido,
+    params: Params,
+    process: Process,
+    x_t: Pyramid,
+    level: Int[Array, ""],
+    condition: Any,
+) -> Pyramid:
+    """The network's predictions as clean images; it reads time_index = level - 1."""
+    time_index = jnp.full((x_t[0].shape[0],), level - 1, jnp.float32)
+    predictions = model.apply({"params": params}, x_t, time_index, condition, method="denoise")
+    return tuple(
+        diffusion.to_x0(
+            process.prediction, prediction.astype(jnp.float32), x, *schedule.alpha_sigma(level)
+        )
+        for prediction, x, schedule in zip(predictions, x_t, process.schedules, strict=True)
+    )
+
+
+def pad_rows(array: np.ndarray, size: int) -> np.ndarray:
+    """Repeats the last row until there are `size`, so that every batch has one shape."""
+    missing = size - array.shape[0]
+    return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array
