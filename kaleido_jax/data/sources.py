@@ -8,11 +8,20 @@ from kaleido_jax.data import shapes, shapes_text
 from kaleido_jax.errors import UserError
 
 
+class RecordError(Exception):
+    """One record cannot be used: its place (file and key) and the reason. It is skipped."""
+
+    def __init__(self, where: str, reason: str):
+        super().__init__(reason)
+        self.where = where
+
+
 class Source(Protocol):
     """Examples by number, in any order, the same at every reading.
 
     An example is {key: unique str, image: uint8 [H, W, 3] (or float points), caption: str,
-    latents: {name: str}}, "" standing for a latent that is missing.
+    latents: {name: str}}, "" standing for a latent that is missing. Reading raises RecordError for
+    a record that must be skipped.
     """
 
     def __len__(self) -> int: ...

@@ -20,13 +20,8 @@ from kaleido_jax.data import shapes, shapes_text
 NUM_PIECES = 484
 NUM_SCENES = 6000
 
-CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer") + (
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
+_CIFAR = "airplane automobile bird cat deer dog frog horse ship truck"
+CIFAR_CLASSES = _CIFAR.split()
 _COCO = (
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,"
     "stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,"
@@ -50,8 +45,8 @@ def sentences() -> Iterator[str]:
             yield shapes_text.description(scene)
     draw = random.Random(0)
     for _ in range(40):
-        yield "class a major mode"
-        yield "class b minor mode"
+        yield "class a far mode"
+        yield "class b near mode"
         for name in CIFAR_CLASSES:
             yield f"a photo of a {name}"
         for label in COCO_LABELS:
