@@ -108,13 +108,18 @@ def train(args: argparse.Namespace) -> None:
 
     config = config_module.load_config(args.config, args.overrides)
     if args.dry_run:
+        from kaleido_jax import cli_train
+
+        print(cli_train.summary(config), file=sys.stderr)
         print(config_module.to_json(config), end="")
         return
     if args.workdir is None:
         raise UserError("train: --workdir DIR is needed (or --dry-run)")
+    from kaleido_jax import cli_train
     from kaleido_jax import train as training
 
-    training.train(config, args.workdir)
+    hook = cli_train.sample_hook(config) if config.train.sample_every else None
+    training.train(config, args.workdir, sample_hook=hook)
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -129,6 +134,7 @@ def sample(args: argparse.Namespace) -> None:
 
     from kaleido_jax import generate
 
+    generate.check_folder(args.out)
     pipe = generate.Pipeline.from_pretrained(args.checkpoint)
     given = {
         "guidance_weight": args.guidance,
@@ -142,6 +148,8 @@ def sample(args: argparse.Namespace) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     output = pipe(prompts, num_images=args.num, seed=args.seed, **given)
     generate.write_outputs(output, args.out)
+    for warning in output.warnings:
+        print(f"kaleido: {warning}", file=sys.stderr)
     print(f"{len(output.images)} pictures and their documents: {args.out}")
 
 

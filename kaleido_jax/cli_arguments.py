@@ -119,7 +119,7 @@ def add_sample(verbs: argparse._SubParsersAction, name: str) -> argparse.Argumen
     )
     parser.add_argument(
         "--guidance",
-        type=number(),
+        type=number(0.0, 100.0),
         metavar="G",
         help="guidance weight; 1 is none, 0 the unconditional model",
     )
@@ -136,7 +136,7 @@ def add_sample(verbs: argparse._SubParsersAction, name: str) -> argparse.Argumen
     )
     parser.add_argument(
         "--temperature",
-        type=number(0.0),
+        type=number(0.0, 100.0),
         metavar="T",
         help="of the latents; 0 takes the most probable token",
     )
@@ -163,7 +163,7 @@ def add_sample(verbs: argparse._SubParsersAction, name: str) -> argparse.Argumen
         type=pathlib.Path,
         default=pathlib.Path("samples"),
         metavar="DIR",
-        help="folder to write (default: ./samples)",
+        help="new or empty folder to write (default: ./samples)",
     )
     return parser
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 
 import kaleido_jax
@@ -144,21 +146,117 @@ def test_prompt_length_counts_after_normalisation():
     assert len(prompts.clean_prompt("e\u0301" * 2000)) == 2000
 
 
-def test_dry_run_prints_the_resolved_config(capsys):
-    words = ["train", "--config", "base", "--dry-run", "--config.train.batch_size=7"]
+def test_dry_run_prints_the_resolved_config_and_the_size(capsys):
+    words = ["train", "--config", "toy", "--dry-run", "--config.train.batch_size=8"]
     assert cli.main(words) == 0
-    assert json.loads(capsys.readouterr().out)["train"]["batch_size"] == 7
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["train"]["batch_size"] == 8
+    parts = re.findall(r"^  \w+: ([\d,]+)$", captured.err, re.M)
+    total = re.search(r"parameters: ([\d,]+) trained, 0 frozen", captured.err).group(1)
+    assert sum(int(part.replace(",", "")) for part in parts) == int(total.replace(",", "")) > 1000
 
 
-def test_train_passes_config_and_workdir(monkeypatch, tmp_path):
+def test_dry_run_refuses_a_batch_that_the_devices_cannot_share(capsys):
+    line = misuse(capsys, *"train --config toy --dry-run --config.train.batch_size=3".split())
+    assert "multiple of the 8 devices" in line
+
+
+def test_train_passes_config_workdir_and_hook(monkeypatch, tmp_path):
+    from kaleido_jax import train
+
     calls = []
-    fake = types.ModuleType("kaleido_jax.train")
-    fake.train = lambda config, workdir: calls.append((config.seed, workdir))
-    monkeypatch.setitem(sys.modules, "kaleido_jax.train", fake)
-    monkeypatch.setattr(kaleido_jax, "train", fake, raising=False)
-    words = ["train", "--config", "base", "--workdir", str(tmp_path), "--config.seed=3"]
-    assert cli.main(words) == 0
-    assert calls == [(3, tmp_path)]
+    monkeypatch.setattr(
+        train, "train", lambda config, workdir, sample_hook: calls.append(
+            (config.seed, workdir, sample_hook is None)
+        )
+    )  # fmt: skip
+    words = ["train", "--config", "toy", "--workdir", str(tmp_path), "--config.seed=3"]
+    assert cli.main([*words, "--config.train.sample_every=0"]) == 0
+    assert cli.main([*words, "--config.train.sample_every=5"]) == 0
+    assert calls == [(3, tmp_path, True), (3, tmp_path, False)]
+
+
+def test_sample_grids_hold_the_first_captions(monkeypatch):
+    from kaleido_jax import cli_train, config, generate
+
+    seen = []
+
+    class Pipeline:
+        def __init__(self, bundle):
+            assert bundle == "bundle"
+
+        def __call__(self, captions, num_images, seed):
+            seen.append((captions, num_images, seed))
+            return types.SimpleNamespace(images=np.zeros((len(captions), 4, 4, 3), np.uint8))
+
+    monkeypatch.setattr(generate, "Pipeline", Pipeline)
+    overrides = ["train.num_samples=4", "seed=5"]
+    draw = cli_train.sample_hook(config.load_config("shapes", overrides))
+    grid = draw(10, "bundle")
+    assert grid.shape[0] == grid.shape[1] >= 8
+    assert draw(20, "bundle") is not None
+    assert seen[0] == seen[1]
+    captions, num_images, seed = seen[0]
+    assert (len(captions), num_images, seed) == (4, 1, 5)
+    assert cli_train.sample_hook(config.load_config("toy", overrides))(10, "bundle") is None
+
+
+def test_grids_do_without_bad_records():
+    from kaleido_jax import cli_train
+    from kaleido_jax.data import RecordError
+
+    class Source:
+        captions = ("good", "", "bell\x07", None, "fine", "third")
+
+        def __len__(self):
+            return len(self.captions)
+
+        def __getitem__(self, index):
+            if self.captions[index] is None:
+                raise RecordError("shard.tar: key", "not a picture")
+            return {"caption": self.captions[index]}
+
+    assert cli_train.first_captions(Source(), 2) == ["good", "fine"]
+    assert cli_train.first_captions(Source(), 1) == ["good"]
+    assert cli_train.first_captions(Source(), 9) == ["good", "fine", "third"]
+
+
+def test_sample_passes_what_is_given_and_writes(monkeypatch, tmp_path, capsys):
+    from kaleido_jax import generate
+
+    calls = []
+
+    class Pipeline:
+        @classmethod
+        def from_pretrained(cls, folder):
+            calls.append(folder)
+            return cls()
+
+        def __call__(self, prompts, **settings):
+            calls.append((prompts, settings))
+            return types.SimpleNamespace(images=[0] * 6, warnings=["picture 1: unfinished"])
+
+    monkeypatch.setattr(generate, "Pipeline", Pipeline)
+    monkeypatch.setattr(generate, "write_outputs", lambda output, out: calls.append(out))
+    out = tmp_path / "out"
+    words = ["sample", "--checkpoint", str(tmp_path), "--prompt", " a cat ", "--prompt", "a dog"]
+    words += "--num 3 --guidance 4 --steps 9 --sampler ddim --seed 7 --top-k 0".split()
+    assert cli.main([*words, "--out", str(out)]) == 0
+    settings = {"guidance_weight": 4.0, "num_steps": 9, "sampler": "ddim", "top_k": 0}
+    assert calls == [
+        tmp_path,
+        (["a cat", "a dog"], {"num_images": 3, "seed": 7, **settings}),
+        out,
+    ]
+    captured = capsys.readouterr()
+    assert captured.out == f"6 pictures and their documents: {out}\n"
+    assert captured.err == "kaleido: picture 1: unfinished\n"
+
+
+def test_sample_refuses_a_full_folder_before_loading_the_model(capsys, tmp_path):
+    (tmp_path / "picture.png").write_bytes(b"")
+    words = ["sample", "--checkpoint", str(tmp_path), "--prompt", "p", "--out", str(tmp_path)]
+    assert "new or empty folder" in misuse(capsys, *words)
 
 
 class Boom(Exception):

@@ -30,14 +30,14 @@ GROUPS = {
     },
     2: {
         "training": "losses optim runlog train",
-        "generation": "decode guidance samplers stages generate",
+        "generation": "decode guidance samplers settings stages written outputs generate",
         "interop": "interop",
     },
     3: {
         "evaluation": "evaluate metrics figures bench",
     },
     4: {
-        "command line": "cli cli_arguments cli_doctor",
+        "command line": "cli cli_arguments cli_doctor cli_train",
         "page": "ui",
         "demo": "demo",
     },

@@ -1,0 +1,76 @@
+"""What `kaleido train` adds to training: the summary of a dry run, and sample grids.
+
+Training never imports generation; the two meet here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import UInt8
+from ml_collections import ConfigDict
+
+from kaleido_jax import bundle, generate, optim
+from kaleido_jax import train as training
+from kaleido_jax.data import RecordError, Source, make_source
+from kaleido_jax.errors import UserError
+from kaleido_jax.prompts import clean_prompt
+
+
+def summary(config: ConfigDict) -> str:
+    """Parameters and steps of a config in one line each, from shapes alone.
+
+    Raises:
+      UserError: a model that the config cannot build, a batch that the devices cannot share.
+    """
+    state = training.Trainer(config).abstract_state()
+    trained, frozen = map(optim.count_parameters, (state.params, state.frozen))
+    parts = {name: optim.count_parameters(tree) for name, tree in sorted(state.params.items())}
+    steps = config.train.num_steps
+    return "\n".join(
+        [
+            f"parameters: {trained:,} trained, {frozen:,} frozen",
+            *(f"  {name}: {count:,}" for name, count in parts.items()),
+            f"steps: {steps:,} of {config.train.batch_size:,} examples",
+        ]
+    )
+
+
+def sample_hook(
+    config: ConfigDict,
+) -> Callable[[int, bundle.Bundle], UInt8[np.ndarray, "h w 3"] | None]:
+    """The function that draws the sample grid of a step: the first captions of the data.
+
+    The same captions and random numbers at every step. It gives None where the data are not
+    pictures (the two-dimensional toy).
+
+    Raises:
+      UserError: the data cannot be read, or hold no caption to sample.
+    """
+    source = make_source(config.data.source)
+    captions = first_captions(source, config.train.num_samples)
+    if not captions:
+        raise UserError("the data hold no caption to sample; set --config.train.sample_every=0")
+
+    def draw(step: int, model: bundle.Bundle) -> UInt8[np.ndarray, "h w 3"] | None:
+        del step
+        if config.data.channels != 3:
+            return None
+        output = generate.Pipeline(model)(captions, num_images=1, seed=config.seed)
+        return generate.grid(output.images)
+
+    return draw
+
+
+def first_captions(source: Source, count: int) -> list[str]:
+    """Up to `count` usable captions, of the first 4 * count examples."""
+    found: list[str] = []
+    for index in range(min(len(source), 4 * count)):
+        if len(found) == count:
+            break
+        try:
+            found.append(clean_prompt(source[index]["caption"]))
+        except (RecordError, UserError):
+            continue  # the loader counts and names bad records; a grid can do without them
+    return found
