@@ -130,10 +130,11 @@ def draw(
     image: UInt8[np.ndarray, "height width 3"], value: Sequence[Segment]
 ) -> UInt8[np.ndarray, "height width 3"]:
     """The picture with outlined boxes; labelled where it is large enough to read them."""
+    size = drawing.check_picture(image).shape[:2]
     outlines = []
     for index, segment in enumerate(validate(value)):
         for box in segment.boxes:
-            x1, y1, x2, y2 = box.pixels(image.shape[:2])
+            x1, y1, x2, y2 = box.pixels(size)
             corners = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
             outlines.append(drawing.Outline(corners, segment.phrase, index))
     return drawing.outlines(image, outlines)

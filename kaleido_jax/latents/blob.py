@@ -163,9 +163,10 @@ def draw(
     image: UInt8[np.ndarray, "height width 3"], value: Sequence[Segment]
 ) -> UInt8[np.ndarray, "height width 3"]:
     """The picture with tinted ellipses and their major axes; labelled where it is large enough."""
+    size = drawing.check_picture(image).shape[:2]
     outlines = []
     for index, segment in enumerate(validate(value)):
         for ellipse in segment.ellipses:
-            points = ellipse.points(image.shape[:2])
+            points = ellipse.points(size)
             outlines.append(drawing.Outline(points, segment.phrase, index, axis=True))
     return drawing.outlines(image, outlines)

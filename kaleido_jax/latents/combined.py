@@ -129,4 +129,4 @@ def draw(
     """The picture with its boxes; below it the mosaic, the description and the phrases."""
     validate(value)
     picture = voken.draw(bbox.draw(image, value.bbox), value.voken)
-    return drawing.below(picture, drawing.prose(spans(value), image.shape[1]))
+    return drawing.below(picture, drawing.prose(spans(value), picture.shape[1]))

@@ -44,6 +44,7 @@ COORDINATES = {
 }
 MAX_BYTES = 1 << 19  # of JSON; the largest valid document stays below it
 MAX_CAPTION = 4096
+MAX_SETTINGS = 16384  # characters of JSON, each of the two
 MAX_FILE_BYTES = 1 << 26
 MAX_PIXELS = 1 << 24
 PNG_KEY = "kaleido-latents"
@@ -274,7 +275,7 @@ def _latents(value: object) -> dict[str, str]:
 
 
 def _settings(value: object, name: str) -> dict[str, Any]:
-    """At most 32 plain values, or short lists of them, under plain keys."""
+    """At most 32 plain values, or short lists of them, under plain keys; MAX_SETTINGS in all."""
     if not isinstance(value, dict) or len(value) > 32:
         raise DocumentError(f"{name}: must be an object of at most 32 settings")
     settings = {}
@@ -287,6 +288,9 @@ def _settings(value: object, name: str) -> dict[str, Any]:
             settings[key] = [_setting(element, where) for element in item]
         else:
             settings[key] = _setting(item, where)
+    length = len(json.dumps(settings, ensure_ascii=False))
+    if length > MAX_SETTINGS:
+        raise DocumentError(f"{name}: {length} characters of JSON, at most {MAX_SETTINGS} allowed")
     return settings
 
 

@@ -90,7 +90,7 @@ def outlines(image: Picture, shapes: Sequence[Outline]) -> Picture:
     check_picture(image)
     height, width = image.shape[:2]
     factor = max(1, min(_SUPERSAMPLE, _LARGEST // max(height, width)))
-    stroke = max(1.0, min(height, width) / 130)
+    stroke = max(1.3, min(height, width) / 130)
     canvas = Image.new("RGBA", (width * factor, height * factor))
     pen = ImageDraw.Draw(canvas)
     tinted = [s for s in shapes if s.axis]

@@ -70,6 +70,7 @@ class DocumentError(LatentError):
 
 
 def excerpt(value: object) -> str:
-    """At most `EXCERPT` characters of `value`, quoted, on one line, in ASCII."""
-    text = value[: EXCERPT + 1] if isinstance(value, str) else type(value).__name__
-    return ascii(text[:EXCERPT]) + ("..." if len(text) > EXCERPT else "")
+    """At most `EXCERPT` characters of a string, quoted, on one line, in ASCII; else the type."""
+    if not isinstance(value, str):
+        return type(value).__name__
+    return ascii(value[:EXCERPT]) + ("..." if len(value) > EXCERPT else "")

@@ -47,4 +47,5 @@ def draw(
     image: UInt8[np.ndarray, "height width 3"], value: str
 ) -> UInt8[np.ndarray, "taller width 3"]:
     """The picture with the wrapped description below it."""
-    return drawing.below(image, drawing.prose(spans(value), image.shape[1]))
+    width = drawing.check_picture(image).shape[1]
+    return drawing.below(image, drawing.prose(spans(value), width))

@@ -101,7 +101,8 @@ def draw(
 ) -> UInt8[np.ndarray, "taller width 3"]:
     """The picture with the ids below it as a 4 x 8 mosaic, equal ids in equal colours."""
     ids = validate(value)
-    return drawing.below(image, drawing.mosaic(ids, [colour(i) for i in ids], GRID, image.shape[1]))
+    width = drawing.check_picture(image).shape[1]
+    return drawing.below(image, drawing.mosaic(ids, [colour(i) for i in ids], GRID, width))
 
 
 def colour(number: int) -> tuple[int, int, int]:
