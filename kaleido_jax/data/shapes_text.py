@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 from kaleido_jax.data.shapes import (
     GREY_NAMES,
     HUE_NAMES,
@@ -89,6 +92,44 @@ def _segments(scene, segment, figures):
     return (*(segment(phrase, (figure,)) for phrase, figure in pairs), segment(background, ()))
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What a latent says of one object; None where it does not say."""
+
+    hue: int | None
+    shade: int | None
+    shape: int | None
+    figure: Box | Ellipse
+
+
+def read_grounded(
+    segments: Sequence[bbox.Segment] | Sequence[blob.Segment],
+) -> tuple[tuple[Claim, ...], int | None, int | None]:
+    """(claims, layout, background) of a parsed `bbox` or `blob` latent, also of a generated one.
+
+    Wording that shapes do not use is passed over.
+    """
+    claims, layout, background = [], None, None
+    for segment in segments:
+        figures = segment.boxes if isinstance(segment, bbox.Segment) else segment.ellipses
+        words = segment.phrase.split()
+        claims += [
+            Claim(_named(words, HUE_NAMES), _named(words, SHADE_NAMES), _named(words, SHAPES), f)
+            for f in figures
+        ]
+        for number, name in enumerate(LAYOUTS):
+            if layout is None and segment.phrase.startswith(name):
+                layout = number
+        for number, name in enumerate(GREY_NAMES):
+            if segment.phrase.endswith(f"on {name}"):
+                background = number
+    return tuple(claims), layout, background
+
+
+def _named(words: list[str], names: Sequence[str]) -> int | None:
+    return next((names.index(word) for word in words if word in names), None)
+
+
 # Each part has several wordings; the scene's `style` picks one of each.
 _OPENINGS = (
     "The picture shows {count} on a plain {background} background.",
@@ -159,7 +200,7 @@ def description(scene: Scene) -> str:
     return " ".join(parts)
 
 
-def _digits(style: int):
+def _digits(style: int) -> Iterator[int]:
     while True:
         yield style % 3
         style //= 3

@@ -1,0 +1,156 @@
+"""Visual tokens without a network: patches, principal components, nearest centre.
+
+32 patches, 4 rows by 8 columns, of a picture reduced to 32 x 32 pixels: each patch of 8 x 4 pixels
+becomes 32 principal components, and these the number of the nearest k-means centre. Fitted in
+seconds (`fit`); decoding gives the picture in blurred patches.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+
+from kaleido_jax.errors import UserError
+from kaleido_jax.latents import voken
+
+ROWS, COLUMNS = voken.GRID
+_SIDE = 32
+_PATCH = (_SIDE // ROWS, _SIDE // COLUMNS)
+_VALUES = _PATCH[0] * _PATCH[1] * 3
+
+
+class PatchTokenizer:
+    """Pictures to 32 ids and back.
+
+    Attributes:
+      mean: [V] mean patch (V = 96 values in [-1, 1]).
+      basis: [K, V] principal components, orthonormal rows.
+      centres: [C, K] one per code.
+    """
+
+    def __init__(
+        self,
+        mean: Float[np.ndarray, " v"],
+        basis: Float[np.ndarray, "k v"],
+        centres: Float[np.ndarray, "c k"],
+    ):
+        mean, basis, centres = (np.asarray(a, np.float32) for a in (mean, basis, centres))
+        if mean.shape != (_VALUES,) or basis.ndim != 2 or basis.shape[1] != _VALUES:
+            raise UserError(f"vokens: mean and basis must have {_VALUES} values a row")
+        if centres.ndim != 2 or centres.shape[1] != basis.shape[0] or not len(centres):
+            raise UserError(f"vokens: centres must be [codes, {basis.shape[0]}]")
+        if not all(np.isfinite(a).all() for a in (mean, basis, centres)):
+            raise UserError("vokens: a value is not finite")
+        self.mean, self.basis, self.centres = mean, basis, centres
+        self._squares = (centres**2).sum(1)
+
+    @property
+    def num_codes(self) -> int:
+        """Size of the codebook."""
+        return len(self.centres)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PatchTokenizer:
+        """Read an .npz written by `save`; UserError where it is missing or is no such file."""
+        try:
+            return cls._read(Path(path).read_bytes(), str(path))
+        except OSError as error:
+            raise UserError(f"cannot read the vokens {path}: {error.strerror}") from error
+
+    @classmethod
+    def default(cls) -> PatchTokenizer:
+        """The shipped codebook of 1,000 codes, fitted on shapes."""
+        asset = importlib.resources.files("kaleido_jax") / "assets" / "shapes_vokens.npz"
+        return cls._read(asset.read_bytes(), "the shipped vokens")
+
+    @classmethod
+    def _read(cls, data: bytes, name: str) -> PatchTokenizer:
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as file:
+                return cls(file["mean"], file["basis"], file["centres"])
+        except (ValueError, KeyError, OSError, EOFError) as error:
+            raise UserError(f"{name} is not a codebook of vokens: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write as float16 .npz."""
+        arrays = {"mean": self.mean, "basis": self.basis, "centres": self.centres}
+        np.savez_compressed(path, **{name: a.astype(np.float16) for name, a in arrays.items()})
+
+    def encode(self, images: UInt8[np.ndarray, "n h w 3"]) -> Int[np.ndarray, "n 32"]:
+        """Ids of square pictures, patches row by row."""
+        patches = _patches(images)
+        features = (patches - self.mean) @ self.basis.T
+        distances = self._squares - 2 * features @ self.centres.T  # but for a term of the row
+        return distances.argmin(1).reshape(len(images), ROWS * COLUMNS)
+
+    def encode_string(self, image: UInt8[np.ndarray, "h w 3"]) -> str:
+        """The latent `voken` of one picture."""
+        return voken.write(tuple(int(code) for code in self.encode(image[None])[0]))
+
+    def decode(
+        self, ids: Int[np.ndarray, "n 32"], size: int = _SIDE
+    ) -> UInt8[np.ndarray, "n size size 3"]:
+        """The centres' patches put together: a blurred picture for display.
+
+        Raises:
+          UserError: an id outside of the codebook.
+        """
+        ids = np.asarray(ids)
+        if ids.ndim != 2 or ids.shape[1] != ROWS * COLUMNS:
+            raise UserError(f"vokens: {ids.shape} ids; there must be {ROWS * COLUMNS} a picture")
+        if ids.size and (ids.min() < 0 or ids.max() >= self.num_codes):
+            raise UserError(f"vokens: an id is not in 0..{self.num_codes - 1}")
+        patches = self.centres[ids] @ self.basis + self.mean
+        grid = patches.reshape(-1, ROWS, COLUMNS, *_PATCH, 3).transpose(0, 1, 3, 2, 4, 5)
+        pictures = grid.reshape(-1, _SIDE, _SIDE, 3)
+        pixels = np.clip(np.rint(pictures * 127.5 + 127.5), 0, 255).astype(np.uint8)
+        return np.stack([_resize(picture, size) for picture in pixels])
+
+
+def fit(
+    images: UInt8[np.ndarray, "n h w 3"], num_codes: int = 1000, components: int = 32, seed: int = 0
+) -> PatchTokenizer:
+    """Fit components and centres on square pictures; the same input gives the same codebook.
+
+    Raises:
+      UserError: fewer distinct patches than codes, or more components than values.
+    """
+    from sklearn.cluster import MiniBatchKMeans  # heavy, and needed here only
+
+    patches = _patches(images)
+    if not 1 <= components <= _VALUES:
+        raise UserError(f"vokens: {components} components; there can be 1 to {_VALUES}")
+    mean = patches.mean(0)
+    _, vectors = np.linalg.eigh(np.cov(patches - mean, rowvar=False))
+    basis = vectors[:, ::-1][:, :components].T
+    # The sign of a component is free: its largest entry is made positive.
+    largest = np.abs(basis).argmax(1)
+    basis = basis * np.sign(basis[np.arange(len(basis)), largest])[:, None]
+    # Plain patches are the same by the thousand; by their full weight they would take most codes.
+    distinct, counts = np.unique(patches, axis=0, return_counts=True)
+    if len(distinct) < num_codes:
+        raise UserError(f"vokens: {len(distinct)} distinct patches cannot give {num_codes} codes")
+    features = ((distinct - mean) @ basis.T).astype(np.float32)
+    model = MiniBatchKMeans(num_codes, batch_size=4096, n_init=1, max_iter=30, random_state=seed)
+    model.fit(features, sample_weight=np.sqrt(counts))
+    return PatchTokenizer(mean, basis, model.cluster_centers_)
+
+
+def _patches(images: np.ndarray) -> Float[np.ndarray, "m v"]:
+    """All patches of all pictures, values in [-1, 1]."""
+    small = np.stack([_resize(image, _SIDE) for image in images]).astype(np.float32)
+    small = (small - 127.5) / 127.5
+    grid = small.reshape(-1, ROWS, _PATCH[0], COLUMNS, _PATCH[1], 3).transpose(0, 1, 3, 2, 4, 5)
+    return grid.reshape(-1, _VALUES)
+
+
+def _resize(image: np.ndarray, size: int) -> np.ndarray:
+    if image.shape[:2] == (size, size):
+        return image
+    method = cv2.INTER_AREA if image.shape[0] > size else cv2.INTER_CUBIC
+    return cv2.resize(image, (size, size), interpolation=method)
