@@ -74,7 +74,7 @@ def start_workdir(workdir: pathlib.Path, config: ConfigDict, vocabulary: Vocabul
                 f"({'; '.join(changed[:5])}{'; ...' if len(changed) > 5 else ''})"
             )
     checkpoint.write_bytes(path, config_lib.to_json(config).encode())
-    checkpoint.write_bytes(workdir / TOKENIZER, vocabulary.model_bytes)
+    checkpoint.write_bytes(workdir / TOKENIZER, vocabulary.model)
 
 
 def save(folder: str | os.PathLike, bundle: Bundle, dtype: str = "float32") -> pathlib.Path:
@@ -95,7 +95,7 @@ def save(folder: str | os.PathLike, bundle: Bundle, dtype: str = "float32") -> p
         arrays = {k: np.ascontiguousarray(np.asarray(v).astype(dtype)) for k, v in flat.items()}
         save_file(arrays, temporary / WEIGHTS)
         (temporary / CONFIG).write_text(config_lib.to_json(bundle.config))
-        (temporary / TOKENIZER).write_bytes(bundle.vocabulary.model_bytes)
+        (temporary / TOKENIZER).write_bytes(bundle.vocabulary.model)
         manifest = {"version": 1, "made_from": bundle.fingerprint}
         manifest["files"] = checkpoint.hash_files(temporary)
         checkpoint.write_json(temporary / "manifest.json", manifest)

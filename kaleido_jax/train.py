@@ -67,10 +67,9 @@ class Trainer:
                 f"config key 'train.batch_size' is {config.train.batch_size}; it must be a "
                 f"multiple of the {rows} devices that share a batch"
             )
-        with mesh.use_mesh(self.mesh):
-            boxed = jax.eval_shape(self._init_boxed)
-            self.param_shardings = mesh.param_shardings(boxed, self.mesh)
-            self.shardings = self._state_shardings(nn.meta.unbox(boxed))
+        boxed = jax.eval_shape(self._init_boxed)
+        self.param_shardings = mesh.param_shardings(boxed, self.mesh)
+        self.shardings = self._state_shardings(nn.meta.unbox(boxed))
 
     def _init_boxed(self) -> Any:
         d, ratios = self.config.data, self.model.cfg.ratios
@@ -116,8 +115,7 @@ class Trainer:
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the state, without memory for it."""
-        with mesh.use_mesh(self.mesh):
-            shapes = jax.eval_shape(self._init)
+        shapes = jax.eval_shape(self._init)
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             shapes,
@@ -269,7 +267,7 @@ def make_loader(config: ConfigDict, vocabulary: Vocabulary) -> Loader:
             )
     d = config.data
     return Loader(
-        make_source(d.source),
+        make_source(d.source, d.image_size, tuple(config.latents)),
         vocabulary,
         latents=tuple(config.latents),
         caption_length=d.caption_length,
