@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
     c.diffusion.schedule = "deepfloyd"
     c.diffusion.loss_target = "v"
     c.train.batch_size = 32
-    c.train.num_steps = 8_000
+    c.train.num_steps = 6_000
     c.train.latent_weight = 0.1
     c.train.checkpoint_every = 1_000
     c.train.sample_every = 0

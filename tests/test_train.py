@@ -1,0 +1,281 @@
+"""The train step and the loop: what moves, what does not, and going on to the bit."""
+
+from __future__ import annotations
+
+import json
+
+import flax.traverse_util as traverse
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from kaleido_jax import bundle, config, losses, train
+from kaleido_jax.errors import UserError
+from kaleido_jax.models.kaleido import Kaleido
+from tests.tiny import tiny_config
+
+
+def first_batch(cfg):
+    return train.make_loader(cfg, bundle.make_vocabulary(cfg)).batch(0)
+
+
+def leaves(tree):
+    return {k: np.asarray(v) for k, v in traverse.flatten_dict(tree, sep="/").items()}
+
+
+def one_device(cfg):
+    return train.Trainer(cfg, devices=jax.devices()[:1])
+
+
+def whole_params(state):
+    return {**state.params, **state.frozen}
+
+
+@pytest.fixture(scope="module")
+def setup():
+    cfg = tiny_config(nested=True)
+    trainer = one_device(cfg)
+    return cfg, trainer, trainer.init(), first_batch(cfg)
+
+
+def loss_of(cfg, params, batch, step=0):
+    trainer = one_device(cfg)
+    loss = jax.jit(lambda p, b: losses.joint_loss(
+        trainer.model, p, b, cfg.seed, jnp.int32(step), trainer.loss_config
+    ))
+    return loss(params, batch)
+
+
+def test_the_loss_is_the_sum_that_the_paper_names(setup):
+    cfg, _, state, batch = setup
+    _, metrics = loss_of(cfg, whole_params(state), batch)
+    per_resolution = metrics["loss_dm_32"] + metrics["loss_dm_16"]
+    assert metrics["loss_dm"] == pytest.approx(float(per_resolution), rel=1e-6)
+    eta = cfg.train.latent_weight
+    total = metrics["loss_dm"] + eta * metrics["loss_ar"]
+    assert metrics["loss"] == pytest.approx(float(total), rel=1e-6)
+
+
+def test_eta_zero_leaves_only_the_diffusion_loss_to_train_the_decoder(setup):
+    cfg, _, state, batch = setup
+    cfg = tiny_config("train.latent_weight=0.0", nested=True)
+    trainer = one_device(cfg)
+    # A zero-initialised output would pass no gradient on: make it pass.
+    params = jax.tree.map(lambda x: x + 0.1, state.params)
+    grads, metrics = jax.jit(jax.grad(trainer.loss, has_aux=True))(
+        params, state.frozen, batch, state.step
+    )
+    assert metrics["loss"] == metrics["loss_dm"] and metrics["loss_ar"] > 0
+    found = leaves(grads["latent_decoder"])
+    assert not found["decoder/logits_dense/kernel"].any()
+    assert np.abs(found["decoder/layers_0/mlp/wo/kernel"]).max() > 0
+
+
+def test_the_baseline_is_the_same_code_without_z(setup):
+    *_, batch = setup
+    cfg = tiny_config("latents=()", nested=True)
+    trainer = one_device(cfg)
+    state, metrics = trainer.step(trainer.init(), trainer.put(first_batch(cfg)))
+    assert sorted(state.params) == ["denoiser", "text_encoder"]
+    assert "loss_ar" not in metrics and metrics["loss"] == metrics["loss_dm"]
+    assert first_batch(cfg).latent_tokens.shape == (8, 0)
+    np.testing.assert_array_equal(first_batch(cfg).image, batch.image)
+
+
+def test_a_dropped_condition_hides_caption_and_latents_but_not_from_the_latent_loss(setup):
+    _, _, state, batch = setup
+    params = jax.tree.map(lambda x: x + 0.1, whole_params(state))
+    other = batch.replace(
+        caption_tokens=batch.caption_tokens[::-1], latent_tokens=batch.latent_tokens[::-1]
+    )
+    always = tiny_config("train.cond_drop_rate=1.0", nested=True)
+    never = tiny_config("train.cond_drop_rate=0.0", nested=True)
+    _, dropped = loss_of(always, params, batch)
+    _, dropped_other = loss_of(always, params, other)
+    _, kept = loss_of(never, params, batch)
+    _, kept_other = loss_of(never, params, other)
+    assert dropped["loss_dm"] == dropped_other["loss_dm"]
+    assert kept["loss_dm"] != kept_other["loss_dm"]
+    assert kept["loss_dm"] != dropped["loss_dm"]
+    assert dropped["loss_ar"] == kept["loss_ar"]
+
+
+def test_the_null_condition_is_the_empty_caption_alone(setup):
+    _, trainer, state, _ = setup
+    variables = {"params": whole_params(state)}
+    null = trainer.model.apply(variables, 2, 5, method="null_condition")
+    empty = trainer.model.apply(variables, jnp.array([[1]]), method="encode")
+    np.testing.assert_array_equal(null.mask, [[True] + [False] * 4] * 2)
+    np.testing.assert_allclose(null.states[1, 0], empty.states[0, 0], rtol=1e-6)
+    assert not null.states[:, 1:].any()
+
+
+def test_the_last_decoder_state_has_read_all_of_z_and_padding_changes_nothing(setup):
+    cfg, trainer, state, _ = setup
+    variables = {"params": whole_params(state)}
+    encoded = trainer.model.apply(variables, jnp.array([[5, 6, 1]]), method="encode")
+
+    def run(z):
+        return trainer.model.apply(variables, jnp.array([z]), encoded, method="latent_states")
+
+    hidden, logits, mask = run([7, 8, 1])
+    assert hidden.shape[1] == logits.shape[1] == 4 and mask.all()
+    changed, _, _ = run([7, 8, 2])
+    np.testing.assert_allclose(hidden[:, :3], changed[:, :3], atol=1e-6)
+    assert np.abs(hidden[:, 3] - changed[:, 3]).max() > 1e-3
+    padded, _, padded_mask = run([7, 8, 1, 0, 0])
+    np.testing.assert_allclose(hidden, padded[:, :4], atol=1e-6)
+    np.testing.assert_array_equal(padded_mask, [[True] * 4 + [False] * 2])
+    assert not run([0, 0])[2].any()  # no latents: nothing of the decoder is read
+
+
+def test_a_frozen_encoder_has_no_slots_and_does_not_move():
+    cfg = tiny_config("model.freeze_encoder=True")
+    trainer = one_device(cfg)
+    state = trainer.init()
+    before = leaves(state.frozen)
+    assert list(state.frozen) == ["text_encoder"] and "text_encoder" not in state.params
+    slots = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert sum(s.size for s in slots) == 2 * sum(p.size for p in jax.tree.leaves(state.params))
+    params = leaves(state.params)
+    after, _ = trainer.step(state, trainer.put(first_batch(cfg)))
+    for name, value in leaves(after.frozen).items():
+        np.testing.assert_array_equal(value, before[name])
+    moved = [name for name, v in leaves(after.params).items() if (v != params[name]).any()]
+    assert any(name.startswith("latent_decoder") for name in moved)
+    assert any(name.startswith("denoiser") for name in moved)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+def test_any_mesh_gives_the_same_losses(sizes, setup):
+    """Draws are global, so only the order of float sums differs: 1e-4 relative over 3 steps."""
+    cfg, trainer, _, _ = setup
+    data, fsdp, tensor = sizes
+    meshed = train.Trainer(tiny_config(
+        f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}", nested=True
+    ))
+    loader = train.make_loader(cfg, bundle.make_vocabulary(cfg))
+    states = [trainer.init(), meshed.init()]
+    for name, value in leaves(states[0].params).items():
+        np.testing.assert_array_equal(value, leaves(states[1].params)[name])
+    for step in range(3):
+        seen = []
+        for i, t in enumerate((trainer, meshed)):
+            states[i], metrics = t.step(states[i], t.put(loader.batch(step)))
+            seen.append(jax.device_get(metrics))
+        for name, value in seen[0].items():
+            assert seen[1][name] == pytest.approx(value, rel=1e-4), (step, name)
+
+
+def test_parameters_slots_and_batches_lie_where_the_rules_say():
+    cfg = tiny_config("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    trainer = train.Trainer(cfg)
+    state = trainer.init()
+    path = ("latent_decoder", "decoder", "layers_0", "mlp", "wi_0", "kernel")
+
+    def at(tree):
+        return traverse.flatten_dict(tree)[path]
+
+    adam = next(s for s in state.opt_state if hasattr(s, "mu"))
+    for tree in (state.params, state.ema, adam.mu, adam.nu):
+        assert at(tree).sharding.spec == PartitionSpec("fsdp", "tensor")
+        assert at(tree).addressable_shards[0].data.shape == (8, 8)
+    batch = trainer.put(first_batch(cfg))
+    assert batch.image.sharding.spec == PartitionSpec(("data", "fsdp"))
+    assert batch.image.addressable_shards[0].data.shape[0] == 2
+    after, _ = trainer.step(state, batch)
+    assert at(after.params).sharding.spec == PartitionSpec("fsdp", "tensor")
+
+
+def test_activations_are_sharded_inside_the_step():
+    """flax ignores logical constraints where no mesh is set: look at the compiled program."""
+    cfg = tiny_config("mesh.data=4", "mesh.tensor=2")
+    trainer = train.Trainer(cfg)
+    with train.mesh.use_mesh(trainer.mesh):
+        lowered = trainer.compiled_update.lower(
+            trainer.abstract_state(), jax.eval_shape(lambda: first_batch(cfg))
+        )
+    text = lowered.as_text()
+    assert "sharding_constraint" in text or "@Sharding" in text
+
+
+def test_going_on_is_equal_to_the_bit_and_keeps_one_line_a_step(tmp_path):
+    cfg = tiny_config()
+    whole = train.train(cfg, tmp_path / "whole", say=lambda _: None)
+    half = tiny_config("train.num_steps=2", "optim.decay=constant")
+    cfg_half = tiny_config("optim.decay=constant")
+    train.train(half, tmp_path / "parts", say=lambda _: None)
+    said = []
+    parts = train.train(cfg_half, tmp_path / "parts", say=said.append)
+    constant = train.train(cfg_half, tmp_path / "constant", say=lambda _: None)
+    assert any("going on from step 2" in line for line in said)
+    for name, value in leaves(constant.as_dict()["params"]).items():
+        np.testing.assert_array_equal(value, leaves(parts.params)[name])
+    lines = {
+        run: [json.loads(x) for x in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("constant", "parts")
+    }
+    assert [x["step"] for x in lines["parts"]] == [1, 2, 3, 4]
+    for a, b in zip(lines["constant"], lines["parts"], strict=True):
+        a.pop("images_per_second"), b.pop("images_per_second")
+        assert a == b
+    assert int(whole.step) == 4
+
+
+def test_a_killed_run_goes_on_from_the_last_whole_step(tmp_path):
+    cfg = tiny_config("train.num_steps=3")
+
+    class Killed(Exception):
+        pass
+
+    def kill_at_three(line):
+        if line.startswith("step 3"):
+            raise Killed
+
+    with pytest.raises(Killed):
+        train.train(cfg, tmp_path / "run", say=kill_at_three)
+    again = train.train(cfg, tmp_path / "run", say=lambda _: None)
+    straight = train.train(cfg, tmp_path / "straight", say=lambda _: None)
+    for name, value in leaves(straight.params).items():
+        np.testing.assert_array_equal(value, leaves(again.params)[name])
+    steps = [json.loads(x)["step"] for x in (tmp_path / "run/metrics.jsonl").open()]
+    assert steps == [1, 2, 3]
+
+
+def test_a_changed_config_is_refused_and_the_difference_shown(tmp_path):
+    train.train(tiny_config("train.num_steps=1"), tmp_path, say=lambda _: None)
+    changed = tiny_config("train.num_steps=1", "optim.learning_rate=0.5")
+    with pytest.raises(UserError, match=r"optim\.learning_rate: 0\.0012 -> 0\.5"):
+        train.train(changed, tmp_path, say=lambda _: None)
+
+
+def test_a_batch_that_the_mesh_cannot_share_is_refused():
+    with pytest.raises(UserError, match="train.batch_size"):
+        train.Trainer(tiny_config("train.batch_size=12"))
+
+
+def test_a_decoder_too_small_for_its_vocabulary_is_refused():
+    cfg = tiny_config("model.latent_decoder.vocab_size=256")
+    with pytest.raises(UserError, match=r"model\.latent_decoder\.vocab_size"):
+        train.make_loader(cfg, bundle.make_vocabulary(cfg))
+
+
+def test_both_losses_fall_on_shapes(tmp_path):
+    cfg = tiny_config("train.num_steps=60", "train.log_every=20", "train.checkpoint_every=60")
+    train.train(cfg, tmp_path, say=lambda _: None)
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss_dm"] < 0.8 * lines[0]["loss_dm"]
+    assert lines[-1]["loss_ar"] < 0.8 * lines[0]["loss_ar"]
+
+
+def test_the_model_is_built_from_plain_config_values():
+    model = Kaleido(train.KaleidoConfig.from_config(tiny_config()))
+    assert model.cfg.ratios == (1,)
+    wrong = tiny_config()
+    with wrong.unlocked():
+        wrong.model.latent_decoder.emb_dim = 32
+    with pytest.raises(UserError, match="emb_dim"):
+        train.KaleidoConfig.from_config(wrong)
+    assert config.fingerprint(wrong) != config.fingerprint(tiny_config())
