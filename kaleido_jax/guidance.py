@@ -50,9 +50,7 @@ def doubled(denoise: ConditionalDenoise, condition: Condition, null: Condition) 
     return pair
 
 
-def combine(
-    cond: Pyramid, uncond: Pyramid, guidance_weight: float | Float[Array, ""]
-) -> Pyramid:
+def combine(cond: Pyramid, uncond: Pyramid, guidance_weight: float | Float[Array, ""]) -> Pyramid:
     """Eq. 4: x0 = w * (cond - uncond) + uncond, at every resolution."""
     return tuple(guidance_weight * (c - u) + u for c, u in zip(cond, uncond, strict=True))
 

@@ -7,15 +7,20 @@ decoder are traced, so a sweep over them compiles nothing anew.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 from typing import Any
 
+import flax.linen as nn
+import flax.traverse_util as traverse
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kaleido_jax import decode, diffusion, guidance, rng, samplers
+from kaleido_jax import decode, diffusion, guidance, mesh, rng, samplers
+from kaleido_jax.errors import UserError
 from kaleido_jax.models.kaleido import Kaleido, join
 from kaleido_jax.schedule import Schedule, time_grid
 from kaleido_jax.types import Conditioning, Params, Pyramid
@@ -201,3 +206,31 @@ def pad_rows(array: np.ndarray, size: int) -> np.ndarray:
     """Repeats the last row until there are `size`, so that every batch has one shape."""
     missing = size - array.shape[0]
     return np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) if missing else array
+
+
+def place_params(model: Kaleido, params: Params, devices: Mesh, *example: Any) -> Params:
+    """Parameters sharded over a mesh, once they are known to be the model's.
+
+    Args:
+      model: what they belong to.
+      params: from a bundle.
+      devices: the mesh.
+      example: arguments of `model.__call__`; only their shapes matter.
+
+    Raises:
+      UserError: one line with every name that is missing, unknown or of another shape.
+    """
+    boxed = jax.eval_shape(model.init, jax.random.key(0), *example)["params"]
+    want = traverse.flatten_dict(nn.meta.unbox(boxed), sep="/")
+    have = traverse.flatten_dict(dict(params), sep="/")
+    problems = [f"{name} is missing" for name in want if name not in have]
+    for name, value in have.items():
+        if name not in want:
+            near = difflib.get_close_matches(name, want, n=1)
+            problems.append(f"{name} is unknown" + (f" (near {near[0]})" if near else ""))
+        elif value.shape != want[name].shape:
+            shape = list(want[name].shape)
+            problems.append(f"{name} has shape {list(value.shape)}, should be {shape}")
+    if problems:
+        raise UserError(f"the weights do not fit the config: {'; '.join(problems)}")
+    return jax.device_put(params, mesh.param_shardings(boxed, devices))
