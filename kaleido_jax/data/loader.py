@@ -25,6 +25,7 @@ from kaleido_jax.types import Batch
 
 _LOG = logging.getLogger(__name__)
 _LEAST_READS = 100  # fewer reads say little about the share of bad records
+_STAND_INS = 50
 
 
 def permute(
@@ -155,7 +156,8 @@ class Loader:
     def batch(self, step: int) -> Batch:
         """This host's part of batch number `step`, from nothing but the number.
 
-        A record that cannot be read is counted in `bad` and the next one of the source stands in.
+        A record that cannot be read is counted in `bad` and another one, fixed by its number,
+        stands in.
 
         Raises:
           UserError: too many bad records, or a picture of another size.
@@ -188,32 +190,34 @@ class Loader:
             position = np.arange(first, first + rows)
             examples, weights = [], (position < count).astype(np.float32)
             for row, index in enumerate(np.minimum(position, count - 1)):
-                example = self._try(int(index))
+                example = self._try(int(index), counted=True)
                 if example is None:
                     weights[row] = 0
-                    example = self._read(int(index))
+                    example = self._read((int(index) + 1) % count)
                 examples.append(example)
             yield self._collate(examples), weights
 
     def _read(self, index: int) -> dict[str, Any]:
-        for offset in range(len(self.source)):
-            example = self._try((index + offset) % len(self.source))
+        example = self._try(index, counted=True)
+        for attempt in range(1, _STAND_INS + 1):
             if example is not None:
                 return example
-        raise UserError("no record of the data set can be read")
+            other = permute(np.array([index]), len(self.source), self.seed, -attempt)
+            example = self._try(int(other[0]), counted=False)
+        raise UserError(f"{_STAND_INS} records in a row cannot be read; the last: {self._last()}")
 
-    def _try(self, index: int) -> dict[str, Any] | None:
-        """The encoded example, or None for a bad record."""
+    def _try(self, index: int, counted: bool) -> dict[str, Any] | None:
+        """The encoded example, or None for a bad record; stand-ins do not count for the share."""
         try:
             example = self._encode(self.source[index])
             error = None
         except (RecordError, LatentError) as caught:
             example, error = None, caught
         with self._lock:
-            self._reads += 1
+            self._reads += counted
             if error is None:
                 return example
-            self._bad_reads += 1
+            self._bad_reads += counted
             where = getattr(error, "where", None) or f"example {index}"
             if where not in self.bad:
                 self.bad[where] = str(error)
@@ -221,9 +225,13 @@ class Loader:
             if self._bad_reads > self.max_bad_fraction * max(self._reads, _LEAST_READS):
                 raise UserError(
                     f"{self._bad_reads} of {self._reads} records could not be read, more than "
-                    f"the share of {self.max_bad_fraction} allowed; the last: {where}: {error}"
+                    f"the share of {self.max_bad_fraction} allowed; the last: {self._last()}"
                 )
         return None
+
+    def _last(self) -> str:
+        where, why = next(reversed(self.bad.items()))
+        return f"{where}: {why}"
 
     def _encode(self, example: dict[str, Any]) -> dict[str, Any]:
         image = np.asarray(example["image"])

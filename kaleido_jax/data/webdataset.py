@@ -191,10 +191,11 @@ def _read_headers(shard: Path) -> tuple[list[_Record], str | None]:
     """
     records: dict[str, _Record] = {}
     length = shard.stat().st_size
-    reason = None
+    reason, end = None, 0
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
+                end = member.offset_data + -(-member.size // 512) * 512
                 if member.isdir():
                     continue
                 name = PurePosixPath(member.name)
@@ -209,10 +210,14 @@ def _read_headers(shard: Path) -> tuple[list[_Record], str | None]:
                 key = str(name.parent / stem)
                 record = records.setdefault(key, _Record(shard, key))
                 record.members[extension] = (member.offset_data, member.size)
-                if member.offset_data + member.size > length:
-                    reason = "truncated"
     except (tarfile.TarError, EOFError) as error:
         reason = f"not a whole tar file: {error}"
+    if reason is None:
+        # tarfile takes a broken header for the end; a whole shard ends with a block of zeros.
+        with open(shard, "rb") as file:
+            mark = os.pread(file.fileno(), 512, end)
+        if mark != bytes(512):
+            reason = f"truncated or broken after {end} of {length} bytes"
     return list(records.values()), reason
 
 
