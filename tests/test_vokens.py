@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import tarfile
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from kaleido_jax.data import ShapesSource, shapes
+from kaleido_jax.data import ShapesSource, make_source, shapes, train_vokens
 from kaleido_jax.errors import UserError
 from kaleido_jax.latents import voken
 from kaleido_jax.models.voken_tokenizer import PatchTokenizer, fit
@@ -55,6 +59,28 @@ def test_fitting_is_repeatable_and_saved(tmp_path, pictures):
     loaded = PatchTokenizer.load(tmp_path / "codes.npz")
     assert (loaded.encode(pictures) == first.encode(pictures)).mean() > 0.99
     assert loaded.basis.shape == (12, 96)
+
+
+def test_a_codebook_is_fitted_on_a_folder_of_shards(tmp_path):
+    generator = np.random.default_rng(0)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for i in range(40):
+            encoded = io.BytesIO()
+            pixels = generator.integers(0, 255, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(encoded, "PNG")
+            for name, data in ((f"{i}.png", encoded.getvalue()), (f"{i}.txt", b"noise")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    assert train_vokens.main([str(tmp_path / "codes.npz"), str(tmp_path)]) == 0
+    codes = str(tmp_path / "codes.npz")
+    settings = {"name": "webdataset", "path": str(tmp_path), "vokens": codes}
+    source = make_source(settings, 32, ("voken",))
+    ids = voken.parse(source[0]["latents"]["voken"], 1000)
+    np.testing.assert_array_equal(
+        ids, PatchTokenizer.load(codes).encode(source[0]["image"][None])[0]
+    )
+    assert train_vokens.main([codes, str(tmp_path / "none")]) == 2
 
 
 def test_misuse_is_told(tmp_path, tokenizer, pictures):

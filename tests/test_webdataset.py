@@ -267,8 +267,10 @@ def test_misuse_is_told(tmp_path):
         make_source({"name": "webdataset", "path": str(tmp_path)})
     with pytest.raises(UserError, match="path' is empty"):
         make_source({"name": "webdataset", "path": ""})
-    with pytest.raises(UserError, match="no latent 'voken'"):
-        make_source({"name": "webdataset", "path": ""}, latents=("voken",))
+    with pytest.raises(UserError, match="no latent 'depth'"):
+        make_source({"name": "webdataset", "path": ""}, latents=("depth",))
+    with pytest.raises(UserError, match="cannot read the vokens"):
+        make_source({"name": "webdataset", "path": "", "vokens": "none.npz"}, latents=("voken",))
 
 
 @pytest.mark.skipif(not (SHARED / "coco100").exists(), reason="no ../shared/data/coco100")

@@ -20,6 +20,7 @@ from kaleido_jax.data import oracle
 from kaleido_jax.data.sources import RecordError
 from kaleido_jax.data.transforms import ImageError, training_picture
 from kaleido_jax.errors import UserError
+from kaleido_jax.models.voken_tokenizer import PatchTokenizer
 
 _LOG = logging.getLogger(__name__)
 _IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -43,7 +44,9 @@ class WebDatasetSource:
       path: a folder of .tar files, one .tar, or names with a range such as
         `data/{00000..00004}.tar`; several separated by commas.
       size: side of the training pictures.
-      latents: names to make from the JSON, of text, bbox, blob; "" where a record gives nothing.
+      latents: names to make, of text, bbox, blob (from the JSON; "" where a record gives nothing)
+        and voken (from the picture).
+      vokens: codebook file of the patch tokenizer (data/train_vokens.py); "" is the shipped one.
       max_objects: the largest objects that a latent names.
       max_bad_fraction: share of records lost in missing or truncated shards that is borne.
 
@@ -61,13 +64,18 @@ class WebDatasetSource:
         latents: tuple[str, ...] = ("text", "bbox", "blob"),
         max_objects: int = 6,
         max_bad_fraction: float = 0.02,
+        vokens: str = "",
     ):
         for name in latents:
-            if name not in oracle.WRITERS:
+            if name not in oracle.WRITERS and name != "voken":
                 raise UserError(
                     f"webdataset: no latent {name!r} in shards "
-                    f"(there are {', '.join(oracle.WRITERS)})"
+                    f"(there are {', '.join(oracle.WRITERS)}, voken)"
                 )
+        self._tokenizer = None
+        if "voken" in latents:
+            tokenizer = PatchTokenizer
+            self._tokenizer = tokenizer.load(vokens) if vokens else tokenizer.default()
         if size < 1 or max_objects < 1:
             raise UserError("webdataset: size and max_objects must be at least 1")
         self.size, self.latents, self.max_objects = size, tuple(latents), max_objects
@@ -97,11 +105,17 @@ class WebDatasetSource:
         else:
             caption = oracle.caption(metadata)
         objects = oracle.read_objects(metadata, frame, stored)[: self.max_objects]
+        latents = {
+            name: self._tokenizer.encode_string(image)
+            if name == "voken"
+            else oracle.WRITERS[name](objects)
+            for name in self.latents
+        }
         return {
             "key": f"{record.shard.stem}/{record.key}",
             "image": image,
             "caption": caption,
-            "latents": {name: oracle.WRITERS[name](objects) for name in self.latents},
+            "latents": latents,
         }
 
     def _member(self, record: _Record, extension: str) -> bytes:
