@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -35,19 +36,33 @@ V1_1 = T5Config(
     num_heads=2,
     head_dim=8,
     mlp_dim=32,
-    num_encoder_layers=2,
-    num_decoder_layers=3,
+    num_encoder_layers=1,
+    num_decoder_layers=2,
 )
 V1_0 = dataclasses.replace(V1_1, mlp_activations=("relu",), logits_via_embedding=True)
 SCANNED = dataclasses.replace(V1_1, scan_layers=True)
 CAPTIONS = jnp.array([[5, 9, 33, 7, 1], [8, 1, 0, 0, 0]])
 LATENTS = jnp.array([[0, 4, 17, 60, 2, 9, 1], [0, 21, 3, 3, 40, 8, 30]])
+# These programs run once: what XLA's optimiser would save is less than what it costs.
+jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 
 
 @pytest.fixture(scope="module")
 def params():
     return make_params(V1_1)
+
+
+@pytest.fixture(scope="module")
+def baseline(params):
+    """Hidden states and logits of V1_1, teacher-forced."""
+    return forward(V1_1, params)
 
 
 def make_params(cfg: T5Config) -> dict:
@@ -65,7 +80,7 @@ def make_params(cfg: T5Config) -> dict:
 
 
 def forward(cfg, params, captions=CAPTIONS, latents=LATENTS, **kwargs):
-    return jax.jit(lambda p: T5(cfg).apply({"params": p}, captions, latents, **kwargs))(params)
+    return jit(lambda p: T5(cfg).apply({"params": p}, captions, latents, **kwargs))(params)
 
 
 def part(params, *names):
@@ -76,14 +91,18 @@ def cached_states(cfg, params, chunk=1):
     """Hidden states and logits of LATENTS, `chunk` tokens at a time through the cache."""
     encoder, decoder = TextEncoder(cfg), LatentDecoder(cfg)
     mask = CAPTIONS != 0
-    states = encoder.apply({"params": part(params, "token_embedder", "encoder")}, CAPTIONS)
     weights = part(params, "token_embedder", "decoder")
 
-    @jax.jit
+    @jit
+    def encode(params):
+        return encoder.apply({"params": part(params, "token_embedder", "encoder")}, CAPTIONS)
+
+    @jit
     def step(tokens, states, cache):
         variables = {"params": weights, **cache}
         return decoder.apply(variables, tokens, states, mask, decode=True, mutable=["cache"])
 
+    states = encode(params)
     _, cache = step(jnp.zeros_like(LATENTS), states, {})
     outputs = []
     for i in range(0, LATENTS.shape[1], chunk):
@@ -102,8 +121,8 @@ def test_cached_decoder_equals_teacher_forcing(cfg):
     np.testing.assert_allclose(got_logits, logits, atol=2e-5 * np.abs(logits).max(), rtol=0)
 
 
-def test_cache_takes_several_tokens_at_once(params):
-    hidden, _ = forward(V1_1, params)
+def test_cache_takes_several_tokens_at_once(params, baseline):
+    hidden, _ = baseline
     np.testing.assert_allclose(cached_states(V1_1, params, 3)[0], hidden, atol=2e-5, rtol=0)
 
 
@@ -117,7 +136,7 @@ def decode_step_flops(params, length: int) -> float:
         return decoder.apply(variables, tokens, states, mask, decode=True, mutable=["cache"])
 
     cache = jax.eval_shape(lambda: step(jnp.zeros((2, length), jnp.int32), {})[1])
-    lowered = jax.jit(step).lower(jax.ShapeDtypeStruct((2, 1), jnp.int32), cache)
+    lowered = jit(step).lower(jax.ShapeDtypeStruct((2, 1), jnp.int32), cache)
     return lowered.compile().cost_analysis()["flops"]
 
 
@@ -128,29 +147,27 @@ def test_decode_step_cost_is_linear_in_length(params):
     assert second == pytest.approx(2 * first, rel=0.1)
 
 
-def test_scanned_layers_equal_unscanned(params):
+def test_scanned_layers_equal_unscanned(params, baseline):
     stacked = stack_layers(params)
-    assert stacked["decoder"]["layers"]["mlp"]["wo"]["kernel"].shape == (32, 3, 24)
+    assert stacked["decoder"]["layers"]["mlp"]["wo"]["kernel"].shape == (32, 2, 24)
     interop.check_params(stacked, SCANNED)
-    for got, want in zip(forward(SCANNED, stacked), forward(V1_1, params), strict=True):
+    for got, want in zip(forward(SCANNED, stacked), baseline, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5, rtol=1e-5)
     back = unstack_layers(stacked)
     jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
 @pytest.mark.parametrize(
-    ("scan", "policies"), [(False, ["full"]), (True, ["minimal", "full"])], ids=["layers", "scan"]
+    ("cfg", "policies"),
+    [
+        (dataclasses.replace(V1_1, num_decoder_layers=1, dropout_rate=0.1), ["full"]),
+        (SCANNED, ["minimal", "full"]),
+    ],
+    ids=["layers", "scan"],
 )
-def test_remat_leaves_gradients_as_they_are(params, scan, policies):
-    layers = 3 if scan else 1
-    cfg = dataclasses.replace(
-        V1_1,
-        scan_layers=scan,
-        dropout_rate=0.1,
-        num_encoder_layers=layers - 1,
-        num_decoder_layers=layers,
-    )
-    params = stack_layers(params) if scan else params
+def test_remat_leaves_gradients_as_they_are(cfg, policies):
+    params = make_params(dataclasses.replace(cfg, scan_layers=False))
+    params = stack_layers(params) if cfg.scan_layers else params
 
     def gradient(policy):
         model = T5(dataclasses.replace(cfg, remat_policy=policy))
@@ -160,10 +177,10 @@ def test_remat_leaves_gradients_as_they_are(params, scan, policies):
             _, logits = model.apply({"params": p}, CAPTIONS, LATENTS, train=True, rngs=rngs)
             return jnp.mean(jax.nn.log_softmax(logits)[..., 1])
 
-        return jax.jit(jax.grad(loss))(params)
+        return jit(jax.grad(loss))(params)
 
     want = gradient("none")
-    assert np.abs(want["decoder"]["decoder_norm"]["scale"]).max() > 1e-4
+    assert all(np.abs(leaf).max() > 1e-5 for leaf in jax.tree.leaves(want))
     for policy in policies:
         got = gradient(policy)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -194,10 +211,10 @@ def test_initialisers_are_t5x_ones():
     assert std == pytest.approx({"query": 0.25, "key": 1, "value": 1, "out": 1}, rel=0.05)
 
 
-def test_padding_changes_nothing(params):
+def test_padding_changes_nothing(params, baseline):
     padded = jnp.pad(CAPTIONS, ((0, 0), (0, 4)))
     longer = jnp.pad(LATENTS, ((0, 0), (0, 3)), constant_values=11)
-    hidden, logits = forward(V1_1, params)
+    hidden, logits = baseline
     got_hidden, got_logits = forward(V1_1, params, padded, longer)
     np.testing.assert_allclose(got_hidden[:, :7], hidden, atol=1e-5)
     np.testing.assert_allclose(got_logits[:, :7], logits, atol=1e-4)
@@ -206,10 +223,10 @@ def test_padding_changes_nothing(params):
     np.testing.assert_allclose(alone, hidden[1:], atol=1e-5)
 
 
-def test_input_mask_hides_keys_and_the_future_is_never_read(params):
+def test_input_mask_hides_keys_and_the_future_is_never_read(params, baseline):
     mask = jnp.ones_like(LATENTS, bool).at[:, 2].set(False)
     changed = LATENTS.at[:, 2].set(50)
-    hidden, _ = forward(V1_1, params)
+    hidden, _ = baseline
     other, _ = forward(V1_1, params, latents=changed)
     np.testing.assert_array_equal(other[:, :2], hidden[:, :2])
     assert np.abs(other[:, 3:] - hidden[:, 3:]).max() > 1e-3
@@ -218,19 +235,19 @@ def test_input_mask_hides_keys_and_the_future_is_never_read(params):
     np.testing.assert_array_equal(other[:, 3:], masked[:, 3:])
 
 
-def test_dropout_works_in_training_only(params):
+def test_dropout_works_in_training_only(params, baseline):
     cfg = dataclasses.replace(V1_1, dropout_rate=0.5)
     rngs = {"dropout": jax.random.key(0, impl="rbg")}
-    np.testing.assert_array_equal(forward(cfg, params)[0], forward(V1_1, params)[0])
+    np.testing.assert_array_equal(forward(cfg, params)[0], baseline[0])
     dropped = forward(cfg, params, train=True, rngs=rngs)[0]
-    assert np.abs(dropped - forward(V1_1, params)[0]).max() > 0.1
+    assert np.abs(dropped - baseline[0]).max() > 0.1
 
 
-def test_compute_and_parameter_types(params):
+def test_compute_and_parameter_types(params, baseline):
     cfg = dataclasses.replace(V1_1, dtype="bfloat16")
     hidden, logits = forward(cfg, params)
     assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
-    want, _ = forward(V1_1, params)
+    want, _ = baseline
     assert np.abs(np.float32(hidden) - want).mean() < 0.05 * np.std(want)
     half = dataclasses.replace(V1_1, param_dtype="bfloat16")
     tree = jax.eval_shape(T5(half).init, jax.random.key(0), CAPTIONS, LATENTS)
@@ -265,7 +282,7 @@ def test_relative_position_buckets():
 def test_huggingface_round_trip(cfg):
     params = make_params(cfg)
     state = interop.to_huggingface(params, cfg)
-    assert state["decoder.block.2.layer.2.DenseReluDense.wo.weight"].shape == (24, 32)
+    assert state["decoder.block.1.layer.2.DenseReluDense.wo.weight"].shape == (24, 32)
     back = interop.from_huggingface(state, interop.config_from_huggingface(hf_config(cfg)))
     jax.tree.map(np.testing.assert_array_equal, back, params)
     # What Hugging Face itself may add: copies of tied weights, and an early unused table.
@@ -351,7 +368,6 @@ def test_t5x_arrays_inline_and_from_buckets(checkpoint):
     (file.parent.parent / "checkpoint_20").mkdir()  # older, and empty
     got = interop.read_t5x(file.parent.parent)
     jax.tree.map(np.testing.assert_array_equal, got, want)
-    check_t5x(file.parent.parent)
 
 
 @pytest.mark.parametrize(
