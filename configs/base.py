@@ -11,43 +11,49 @@ from ml_collections import ConfigDict
 
 def t5(**changes) -> dict:
     """T5 1.1 XL (App. B.1: "we employ T5-XL"), fields as kaleido_jax.models.t5.T5Config."""
-    return dict(
-        vocab_size=32128,
-        emb_dim=2048,
-        num_heads=32,
-        head_dim=64,
-        mlp_dim=5120,
-        num_encoder_layers=24,
-        num_decoder_layers=24,
-        mlp_activations=("gelu", "linear"),
-        logits_via_embedding=False,
-        relpos_buckets=32,
-        relpos_max_distance=128,
-        dropout_rate=0.0,
-        dtype="bfloat16",  # App. B.2: mixed_precision_training
-        param_dtype="float32",
-        scan_layers=False,
-        remat_policy="none",
-    ) | changes
+    return (
+        dict(
+            vocab_size=32128,
+            emb_dim=2048,
+            num_heads=32,
+            head_dim=64,
+            mlp_dim=5120,
+            num_encoder_layers=24,
+            num_decoder_layers=24,
+            mlp_activations=("gelu", "linear"),
+            logits_via_embedding=False,
+            relpos_buckets=32,
+            relpos_max_distance=128,
+            dropout_rate=0.0,
+            dtype="bfloat16",  # App. B.2: mixed_precision_training
+            param_dtype="float32",
+            scan_layers=False,
+            remat_policy="none",
+        )
+        | changes
+    )
 
 
 def unet(**changes) -> dict:
     """The inner UNet of App. B.1, fields as kaleido_jax.models.unet.Config."""
-    return dict(
-        resolution_channels=(256, 512, 768),
-        num_resnets_per_resolution=(2, 2, 2),
-        num_attention_layers=(0, 1, 5),
-        num_heads=8,
-        temporal_dim=1024,  # emb_channels
-        conditioning_feature_dim=2048,  # T5-XL
-        conditioning_feature_proj_dim=1024,  # lm_feature_projected_channels
-        num_lm_head_layers=2,  # num_lm_attn_layers
-        masked_cross_attention=True,
-        use_attention_ffn=True,
-        micro_conditioning=(),
-        dtype="bfloat16",
-        remat_policy="none",
-    ) | changes
+    return (
+        dict(
+            resolution_channels=(256, 512, 768),
+            num_resnets_per_resolution=(2, 2, 2),
+            num_attention_layers=(0, 1, 5),
+            num_heads=8,
+            temporal_dim=1024,  # emb_channels
+            conditioning_feature_dim=2048,  # T5-XL
+            conditioning_feature_proj_dim=1024,  # lm_feature_projected_channels
+            num_lm_head_layers=2,  # num_lm_attn_layers
+            masked_cross_attention=True,
+            use_attention_ffn=True,
+            micro_conditioning=(),
+            dtype="bfloat16",
+            remat_policy="none",
+        )
+        | changes
+    )
 
 
 def get_config() -> ConfigDict:

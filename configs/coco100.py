@@ -5,8 +5,9 @@ Needs --config.data.source.path=FOLDER with the webdataset shards.
 
 from __future__ import annotations
 
-from kaleido_jax.configs import shapes
 from ml_collections import ConfigDict
+
+from kaleido_jax.configs import shapes
 
 
 def get_config() -> ConfigDict:

@@ -5,8 +5,9 @@ The latent is the grounded caption; the baseline is the same with --config.laten
 
 from __future__ import annotations
 
-from kaleido_jax.configs import base
 from ml_collections import ConfigDict
+
+from kaleido_jax.configs import base
 
 
 def small_t5(**changes) -> ConfigDict:

@@ -6,9 +6,10 @@ Pictures are points, [1, 1, 2]; the latent is the name of the mode. The baseline
 
 from __future__ import annotations
 
+from ml_collections import ConfigDict
+
 from kaleido_jax.configs import base
 from kaleido_jax.configs.shapes import small_t5
-from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:

@@ -26,8 +26,14 @@ CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.model", "model.safetensor
 
 # Fields that a run may change when it goes on: none of them moves the numbers of past steps.
 FREE_FIELDS = (
-    "train.num_steps", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.sample_every", "train.num_samples", "mesh.", "sample.",
+    "train.num_steps",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.sample_every",
+    "train.num_samples",
+    "mesh.",
+    "sample.",
 )
 
 

@@ -161,9 +161,7 @@ class Checkpoints:
             metadata = checkpointer.metadata(self.step_folder(step) / "state")
         tree = getattr(metadata, "item_metadata", metadata)
         tree = getattr(tree, "tree", tree)
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype), tree
-        )
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype), tree)
 
     def meta(self, step: int) -> dict[str, Any]:
         """The metadata that was saved with `step`."""

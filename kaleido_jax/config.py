@@ -93,8 +93,10 @@ def apply_override(config: ml_collections.ConfigDict, override: str) -> None:
             node = node[part]
     old = node[leaf]
     if isinstance(old, ml_collections.ConfigDict):
-        raise UserError(f"config key {name!r} is a group; set one of its fields, for example "
-                        f"{name}.{next(iter(old))}")
+        raise UserError(
+            f"config key {name!r} is a group; set one of its fields, for example "
+            f"{name}.{next(iter(old))}"
+        )
     node[leaf] = _typed(name, old, value_text)
 
 
@@ -127,8 +129,9 @@ def _typed(name: str, old: Any, text: str) -> Any:
             return float(value)
     else:
         return value
-    raise UserError(f"config key {name!r} is {text!r}; it must be a {type(old).__name__}, "
-                    f"for example {old!r}")
+    raise UserError(
+        f"config key {name!r} is {text!r}; it must be a {type(old).__name__}, for example {old!r}"
+    )
 
 
 def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -143,8 +146,14 @@ def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tup
 def check(config: ml_collections.ConfigDict) -> None:
     """Refuses values that cannot work, before anything is compiled; raises UserError."""
     positive = (
-        "data.image_size", "data.caption_length", "train.batch_size", "train.num_steps",
-        "train.log_every", "train.checkpoint_every", "optim.learning_rate", "optim.clip_norm",
+        "data.image_size",
+        "data.caption_length",
+        "train.batch_size",
+        "train.num_steps",
+        "train.log_every",
+        "train.checkpoint_every",
+        "optim.learning_rate",
+        "optim.clip_norm",
     )
     leaves = dict(flatten(config))
     for name in positive:
@@ -153,12 +162,16 @@ def check(config: ml_collections.ConfigDict) -> None:
     _between(leaves, "train.cond_drop_rate", 0.0, 1.0)
     _between(leaves, "optim.ema_decay", 0.0, 1.0)
     if leaves["train.latent_weight"] < 0:
-        raise UserError(f"config key 'train.latent_weight' is {leaves['train.latent_weight']}; "
-                        "it must not be negative")
+        raise UserError(
+            f"config key 'train.latent_weight' is {leaves['train.latent_weight']}; "
+            "it must not be negative"
+        )
     unknown = [name for name in config.latents if name not in LATENT_NAMES]
     if unknown:
-        raise UserError(f"config key 'latents' names {unknown[0]!r}; "
-                        f"each must be one of {', '.join(LATENT_NAMES)}")
+        raise UserError(
+            f"config key 'latents' names {unknown[0]!r}; "
+            f"each must be one of {', '.join(LATENT_NAMES)}"
+        )
     if config.latents and not leaves["data.latent_length"] > 0:
         raise UserError("config key 'data.latent_length' is 0; latents need a positive length")
 

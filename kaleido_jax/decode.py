@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from kaleido_jax import tokens
 from kaleido_jax.errors import UserError
 
-PAD_ID = 0
-EOS_ID = 1
 # T5's start token is its padding token.
-START_ID = PAD_ID
+START = tokens.PAD
 
 # (cache, token [B]) -> (logits of the next token [B, V], cache).
 DecodeStep = Callable[[Any, Int[Array, "b"]], tuple[Float[Array, "b v"], Any]]
@@ -95,34 +94,29 @@ def sample_tokens(
         return (index < max_length) & ~jnp.all(done)
 
     def body(state):
-        index, token, cache, tokens, log_prob, done = state
+        index, token, cache, written, log_prob, done = state
         logits, cache = decode_step(cache, token)
         logits = logits.astype(jnp.float32)
         permitted = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
         filtered = filter_logits(permitted, temperature, top_k, top_p)
         step_keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
         drawn = jax.vmap(jax.random.categorical)(step_keys, filtered).astype(jnp.int32)
-        token = jnp.where(done, PAD_ID, drawn)
+        token = jnp.where(done, tokens.PAD, drawn)
         own = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[:, None], axis=-1)[:, 0]
         log_prob = log_prob + jnp.where(done, 0.0, own)
-        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token[:, None], index, axis=1)
-        return index + 1, token, cache, tokens, log_prob, done | (token == EOS_ID)
+        written = jax.lax.dynamic_update_slice_in_dim(written, token[:, None], index, axis=1)
+        return index + 1, token, cache, written, log_prob, done | (token == tokens.EOS)
 
     state = (
         jnp.int32(0),
-        jnp.full((batch,), START_ID, jnp.int32),
+        jnp.full((batch,), START, jnp.int32),
         cache,
-        jnp.full((batch, max_length), PAD_ID, jnp.int32),
+        jnp.full((batch, max_length), tokens.PAD, jnp.int32),
         jnp.zeros((batch,), jnp.float32),
         jnp.zeros((batch,), bool),
     )
-    _, _, _, tokens, log_prob, _ = jax.lax.while_loop(unfinished, body, state)
-    return tokens, log_prob
-
-
-def finished(tokens: Int[Array, "b l"]) -> Bool[Array, "b"]:
-    """True where a sequence has its EOS."""
-    return (tokens == EOS_ID).any(axis=-1)
+    _, _, _, written, log_prob, _ = jax.lax.while_loop(unfinished, body, state)
+    return written, log_prob
 
 
 def check_filter(temperature: float, top_k: int, top_p: float) -> None:

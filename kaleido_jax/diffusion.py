@@ -91,7 +91,5 @@ def pyramid(x: Image, ratios: Sequence[int]) -> Pyramid:
     levels = [x]
     for ratio in ratios[1:]:
         factor = ratios[0] // ratio
-        levels.append(
-            einops.reduce(x, "b (h i) (w j) c -> b h w c", "mean", i=factor, j=factor)
-        )
+        levels.append(einops.reduce(x, "b (h i) (w j) c -> b h w c", "mean", i=factor, j=factor))
     return tuple(levels)

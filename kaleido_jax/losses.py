@@ -88,9 +88,7 @@ def diffusion_loss(
     predictions = predict(x_t, time_index.astype(jnp.float32))
     convert = diffusion.CONVERSIONS[cfg.loss_target]
     errors = []
-    for x, eps, noisy, pred, c in zip(
-        images, noises, x_t, predictions, coefficients, strict=True
-    ):
+    for x, eps, noisy, pred, c in zip(images, noises, x_t, predictions, coefficients, strict=True):
         # v = alpha eps - sigma x is written out: from x_t alone it would divide by a small sigma.
         target = {"x0": x, "eps": eps, "v": c[0] * eps - c[1] * x}[cfg.loss_target]
         got = convert(cfg.prediction, pred.astype(jnp.float32), noisy, *c)
@@ -156,13 +154,10 @@ def joint_loss(
     image = diffusion.normalize(batch.image, cfg.pixel_centre, cfg.pixel_scale)
     images = diffusion.pyramid(image, cfg.ratios)
     size = image.shape[0]
-    time_index = jax.random.randint(
-        rng.stream(seed, "time", step), (size,), 0, schedule.NUM_LEVELS
-    )
+    time_index = jax.random.randint(rng.stream(seed, "time", step), (size,), 0, schedule.NUM_LEVELS)
     noise_key = rng.stream(seed, "noise", step)
     noises = tuple(
-        jax.random.normal(jax.random.fold_in(noise_key, i), x.shape)
-        for i, x in enumerate(images)
+        jax.random.normal(jax.random.fold_in(noise_key, i), x.shape) for i, x in enumerate(images)
     )
     drop = jax.random.uniform(rng.stream(seed, "cond_drop", step), (size,)) < cfg.cond_drop_rate
     dropout = rng.stream(seed, "dropout", step)
@@ -171,7 +166,12 @@ def joint_loss(
 
     def predict(x_t: Pyramid, index: Float[Array, "b"]) -> Pyramid:
         return model.apply(
-            {"params": params}, x_t, index, encoded, method="denoise", train=True,
+            {"params": params},
+            x_t,
+            index,
+            encoded,
+            method="denoise",
+            train=True,
             rngs={"dropout": jax.random.fold_in(dropout, 1)},
         )
 

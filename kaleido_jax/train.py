@@ -127,9 +127,7 @@ class Trainer:
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """L = L_DM + eta L_AR of one global batch at `step`; pure."""
         merged = optim.merge_frozen(params, frozen)
-        return joint_loss(
-            self.model, merged, batch, self.config.seed, step, self.loss_config
-        )
+        return joint_loss(self.model, merged, batch, self.config.seed, step, self.loss_config)
 
     def update(
         self, state: TrainState, batch: Batch
@@ -164,9 +162,7 @@ class Trainer:
     def put(self, batch: Batch) -> Batch:
         """Makes a global, sharded batch of this host's part."""
         sharding = mesh.batch_sharding(self.mesh)
-        return jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(sharding, x), batch
-        )
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 
 def train(
@@ -200,8 +196,10 @@ def train(
     newest = checkpoints.newest_whole(say)
     if newest is None:
         state, start = trainer.init(), 0
-        say(f"parameters: {optim.count_parameters(state.params):,} trained, "
-            f"{optim.count_parameters(state.frozen):,} frozen")
+        say(
+            f"parameters: {optim.count_parameters(state.params):,} trained, "
+            f"{optim.count_parameters(state.frozen):,} frozen"
+        )
     else:
         template = trainer.abstract_state().as_dict()
         state, start = TrainState(**checkpoints.restore(newest, template)), newest
@@ -259,7 +257,10 @@ def checkpoint_meta(config: ConfigDict, step: int) -> dict[str, Any]:
 
 def make_loader(config: ConfigDict, vocabulary: Vocabulary) -> Loader:
     """The loader of `config.data`; raises UserError where data or vocabulary do not fit."""
-    for part, needed in (("text_encoder", vocabulary.num_pieces), ("latent_decoder", vocabulary.size)):
+    for part, needed in (
+        ("text_encoder", vocabulary.num_pieces),
+        ("latent_decoder", vocabulary.size),
+    ):
         have = config.model[part].vocab_size
         if have < needed and (part == "text_encoder" or config.latents):
             raise UserError(

@@ -55,16 +55,15 @@ def check_loss(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
     grads, (per_example, x_t) = jax.grad(loss, has_aux=True)(params)
     norms = json.loads(str(file["grad_norms_json"]))
-    got = {
-        name: float(np.linalg.norm(value)) for name, value in mdm.to_mdm(grads, config).items()
-    }
+    got = {name: float(np.linalg.norm(value)) for name, value in mdm.to_mdm(grads, config).items()}
     names = sorted(norms)
     total = np.sqrt(sum(float(jnp.vdot(g, g)) for g in traverse.flatten_dict(grads).values()))
     result = {
         "loss_per_example": (np.asarray(per_example), file["output/loss_per_example"]),
         "grad_global_norm": (np.asarray(total), file["output/grad_global_norm"]),
         "grad_norms": (
-            np.asarray([got[name] for name in names]), np.asarray([norms[n] for n in names]),
+            np.asarray([got[name] for name in names]),
+            np.asarray([norms[n] for n in names]),
         ),
     }
     for i, x in enumerate(x_t):

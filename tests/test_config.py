@@ -32,11 +32,18 @@ def test_base_is_the_paper():
     d = cfg.model.denoiser
     assert (d.resolution_channels, d.num_resnets_per_resolution) == ((64, 128, 256), (2, 2, 1))
     assert (d.inner.resolution_channels, d.inner.num_attention_layers) == (
-        (256, 512, 768), (0, 1, 5),
+        (256, 512, 768),
+        (0, 1, 5),
     )
     o, t = cfg.optim, cfg.train
     assert (o.b1, o.b2, o.eps, o.learning_rate, o.warmup_steps, o.clip_norm, o.ema_decay) == (
-        0.9, 0.99, 1e-8, 1e-4, 10_000, 2.0, 0.9999,
+        0.9,
+        0.99,
+        1e-8,
+        1e-4,
+        10_000,
+        2.0,
+        0.9999,
     )
     assert (t.batch_size, t.num_steps, cfg.sample.steps) == (512, 400_000, 250)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kaleido_jax import decode, rng
+from kaleido_jax import tokens as tokens_lib
 from kaleido_jax.errors import UserError
 
 REFERENCE = pathlib.Path(__file__).parent / "reference" / "guidance.npz"
@@ -71,16 +72,16 @@ def test_log_probability_is_of_the_unmodified_model():
     tokens, log_prob = run(0, temperature=0.7, top_k=3, allowed=allowed)
     log_table = jax.nn.log_softmax(table)
     for row, got in zip(np.asarray(tokens), np.asarray(log_prob), strict=True):
-        want, last = 0.0, decode.START_ID
+        want, last = 0.0, decode.START
         for position, token in enumerate(row):
             want += log_table[position, last, token]
             last = token
-            if token == decode.EOS_ID:
+            if token == tokens_lib.EOS:
                 assert not row[position + 1 :].any()
                 break
             assert token != 0
         np.testing.assert_allclose(got, want, rtol=1e-5)
-    ended = np.asarray(decode.finished(tokens))
+    ended = (np.asarray(tokens) == tokens_lib.EOS).any(-1)
     assert 0 < ended.sum() < 50
 
 
@@ -88,7 +89,7 @@ def test_frequencies_follow_the_model():
     table, run = _markov(4000)
     tokens, _ = jax.jit(lambda: run(1, length=2))()
     first = np.bincount(np.asarray(tokens[:, 0]), minlength=VOCABULARY) / 4000
-    want = np.asarray(jax.nn.softmax(table[0, decode.START_ID]))
+    want = np.asarray(jax.nn.softmax(table[0, decode.START]))
     np.testing.assert_array_less(np.abs(first - want), 5 * np.sqrt(want * (1 - want) / 4000))
 
 
@@ -105,11 +106,11 @@ def test_a_sequence_does_not_depend_on_its_batch():
 def test_greedy_follows_the_maximum():
     table, run = _markov(2)
     tokens, _ = run(0, temperature=0.0)
-    last = decode.START_ID
+    last = decode.START
     for position, token in enumerate(np.asarray(tokens[0])):
         assert token == int(jnp.argmax(table[position, last]))
         last = token
-        if token == decode.EOS_ID:
+        if token == tokens_lib.EOS:
             break
     np.testing.assert_array_equal(tokens[0], tokens[1])
 
@@ -119,7 +120,7 @@ def test_loop_stops_when_all_have_ended():
 
     def step(cache, token):
         jax.debug.callback(lambda _: steps.append(1), cache)
-        logits = jnp.zeros((2, VOCABULARY)).at[:, decode.EOS_ID].set(100.0)
+        logits = jnp.zeros((2, VOCABULARY)).at[:, tokens_lib.EOS].set(100.0)
         return logits, cache + 1
 
     keys = rng.per_sample(rng.stream(0, "decode"), jnp.arange(2))

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from kaleido_jax import bundle, generate, mesh, stages
 from kaleido_jax.configs import shapes, toy
 from kaleido_jax.errors import UserError
 from kaleido_jax.latents import load_document, read_png
 from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
-from ml_collections import ConfigDict
 
 PROMPT = "dawn: a red shape"
 # Float sums differ in order between batch sizes and devices; a few steps of a network with
@@ -121,6 +121,23 @@ def test_eight_devices_give_the_pictures_of_one():
     eight = _pipe(devices=8)(PROMPT, num_images=8, seed=1)
     assert [d.latents for d in one.documents] == [d.latents for d in eight.documents]
     np.testing.assert_allclose(one.samples, eight.samples, **TOLERANCE)
+
+
+def test_log_probability_is_that_of_the_teacher_forced_decoder():
+    config = _config()
+    weights = _bundle(config)
+    model, variables = Kaleido(KaleidoConfig.from_config(config)), {"params": weights.params}
+    encoded = model.apply(variables, jnp.array([[5, 6, 7, 1], [8, 9, 1, 0]]), method="encode")
+    seeds, indices = np.array([0, 0], np.uint32), np.array([0, 1], np.uint32)
+    allowed = np.ones(512, bool)
+    ids, log_prob = stages.draw_latents(
+        model, weights.params, 10, encoded, seeds, indices, np.uint32(0), 0.8, 0, 0.95, allowed
+    )
+    _, logits, _ = model.apply(variables, ids, encoded, method="latent_states")
+    each = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[..., None], -1)[..., 0]
+    # Everything up to and with the end of the sequence counts.
+    ended = np.cumsum(np.asarray(ids) == 1, axis=1) - (np.asarray(ids) == 1)
+    np.testing.assert_allclose(log_prob, np.where(ended == 0, each, 0).sum(1), rtol=1e-4)
 
 
 def test_a_document_alone_makes_its_picture_again():

@@ -430,6 +430,7 @@ def test_nothing_else_escapes(data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @thorough
 @given(st.data())
 def test_nothing_else_escapes_thoroughly(data: st.DataObject) -> None:

@@ -377,6 +377,7 @@ def test_nothing_else_escapes(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", MODULES)
 @thorough
 @given(data=st.data())
@@ -385,6 +386,7 @@ def test_round_trip_thoroughly(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", MODULES)
 @thorough
 @given(data=st.data())

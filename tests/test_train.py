@@ -42,9 +42,11 @@ def setup():
 
 def loss_of(cfg, params, batch, step=0):
     trainer = one_device(cfg)
-    loss = jax.jit(lambda p, b: losses.joint_loss(
-        trainer.model, p, b, cfg.seed, jnp.int32(step), trainer.loss_config
-    ))
+    loss = jax.jit(
+        lambda p, b: losses.joint_loss(
+            trainer.model, p, b, cfg.seed, jnp.int32(step), trainer.loss_config
+        )
+    )
     return loss(params, batch)
 
 
@@ -153,9 +155,9 @@ def test_any_mesh_gives_the_same_losses(sizes, setup):
     """Draws are global, so only the order of float sums differs: 1e-4 relative over 3 steps."""
     cfg, trainer, _, _ = setup
     data, fsdp, tensor = sizes
-    meshed = train.Trainer(tiny_config(
-        f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}", nested=True
-    ))
+    meshed = train.Trainer(
+        tiny_config(f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}", nested=True)
+    )
     loader = train.make_loader(cfg, bundle.make_vocabulary(cfg))
     states = [trainer.init(), meshed.init()]
     for name, value in leaves(states[0].params).items():

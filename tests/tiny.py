@@ -21,11 +21,18 @@ def tiny_config(*overrides: str, name: str = "shapes", nested: bool = False) -> 
     `nested` puts the UNet inside an outer one, so that there are two resolutions.
     """
     settings = [
-        *(f"model.{part}.{k}={v}" for part in ("text_encoder", "latent_decoder")
-          for k, v in SMALL.items()),
-        "train.batch_size=8", "train.num_steps=4", "train.log_every=1",
-        "train.checkpoint_every=2", "train.sample_every=0",
-        "optim.warmup_steps=2", "sample.steps=3",
+        *(
+            f"model.{part}.{k}={v}"
+            for part in ("text_encoder", "latent_decoder")
+            for k, v in SMALL.items()
+        ),
+        "train.batch_size=8",
+        "train.num_steps=4",
+        "train.log_every=1",
+        "train.checkpoint_every=2",
+        "train.sample_every=0",
+        "optim.warmup_steps=2",
+        "sample.steps=3",
     ]
     config = config_lib.load_config(str(CONFIGS / f"{name}.py"), settings)
     with config.unlocked():
@@ -33,16 +40,28 @@ def tiny_config(*overrides: str, name: str = "shapes", nested: bool = False) -> 
             config.model.denoiser.update(width=16, num_blocks=1, conditioning_feature_dim=16)
         else:
             inner = dict(
-                resolution_channels=(8, 8), num_resnets_per_resolution=(1, 1),
-                num_attention_layers=(0, 1), num_heads=2, temporal_dim=16, patch_size=2,
-                num_groups_norm=4, num_groups_attention=4, conditioning_feature_dim=16,
+                resolution_channels=(8, 8),
+                num_resnets_per_resolution=(1, 1),
+                num_attention_layers=(0, 1),
+                num_heads=2,
+                temporal_dim=16,
+                patch_size=2,
+                num_groups_norm=4,
+                num_groups_attention=4,
+                conditioning_feature_dim=16,
             )
             if nested:
-                config.model.denoiser = ConfigDict(dict(
-                    name="nested_unet", resolution_channels=(8, 8),
-                    num_resnets_per_resolution=(1, 1), num_attention_layers=(0, 0),
-                    num_groups_norm=4, skip_normalization=True, inner=inner,
-                ))
+                config.model.denoiser = ConfigDict(
+                    dict(
+                        name="nested_unet",
+                        resolution_channels=(8, 8),
+                        num_resnets_per_resolution=(1, 1),
+                        num_attention_layers=(0, 0),
+                        num_groups_norm=4,
+                        skip_normalization=True,
+                        inner=inner,
+                    )
+                )
             else:
                 config.model.denoiser = ConfigDict(dict(name="unet") | inner)
         for override in overrides:

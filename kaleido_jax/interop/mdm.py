@@ -18,8 +18,11 @@ import numpy as np
 from jaxtyping import Shaped
 
 from kaleido_jax.errors import UserError
+from kaleido_jax.interop.mdm_config import config_from_mdm
 from kaleido_jax.models import nested_unet, unet
 from kaleido_jax.types import Params
+
+__all__ = ["config_from_mdm", "from_mdm", "mdm_name", "to_mdm"]
 
 Config = unet.Config | nested_unet.Config
 State = Mapping[str, Shaped[np.ndarray, "..."]]
