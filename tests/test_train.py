@@ -115,7 +115,7 @@ def test_the_null_condition_is_the_empty_caption_alone(setup):
 
 
 def test_the_last_decoder_state_has_read_all_of_z_and_padding_changes_nothing(setup):
-    cfg, trainer, state, _ = setup
+    _, trainer, state, _ = setup
     variables = {"params": whole_params(state)}
     encoded = trainer.model.apply(variables, jnp.array([[5, 6, 1]]), method="encode")
 
@@ -254,7 +254,7 @@ def test_a_changed_config_is_refused_and_the_difference_shown(tmp_path):
 
 
 def test_a_batch_that_the_mesh_cannot_share_is_refused():
-    with pytest.raises(UserError, match="train.batch_size"):
+    with pytest.raises(UserError, match=r"train\.batch_size"):
         train.Trainer(tiny_config("train.batch_size=12"))
 
 
