@@ -88,7 +88,8 @@ def report(path: pathlib.Path) -> tuple[bool, str]:
         fine = relative <= tolerance
         holds &= fine
         parts.append(f"{name} abs {absolute:.1e} rel {relative:.1e}{'' if fine else ' FAILED'}")
-    return holds, f"{path.name}: {'ok' if holds else 'FAILED'} (<= {tolerance:g}) {', '.join(parts)}"
+    verdict = f"{'ok' if holds else 'FAILED'} (<= {tolerance:g})"
+    return holds, f"{path.name}: {verdict} {', '.join(parts)}"
 
 
 def main(arguments: Sequence[str]) -> int:

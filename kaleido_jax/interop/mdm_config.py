@@ -72,7 +72,7 @@ def _groups(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         strings = {
             k: v
             for k, v in settings.items()
-            if k in ("outer", "inner") or re.fullmatch(r"mid\w*", k) and isinstance(v, str)
+            if k in ("outer", "inner") or (k.startswith("mid") and isinstance(v, str))
         }
         groups = [SHORT_OUTER | {"resolution_channels": v} for v in strings.values()]
         rest = {k: v for k, v in settings.items() if k not in strings}

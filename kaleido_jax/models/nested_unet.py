@@ -40,7 +40,7 @@ class Config(unet.TrunkConfig):
     resolution_channels: tuple[int, ...] = (64, 128, 256)
     num_resnets_per_resolution: tuple[int, ...] = (2, 2, 1)
     num_attention_layers: tuple[int, ...] = (0, 0, 0)
-    inner: unet.Config | Config = unet.Config()
+    inner: unet.Config | Config = dataclasses.field(default_factory=unet.Config)
     cross_attention: bool = False
     skip_inner_unet_input: bool = False
     skip_normalization: bool = False
