@@ -127,13 +127,14 @@ def test_log_probability_is_that_of_the_teacher_forced_decoder():
     config = _config()
     weights = _bundle(config)
     model, variables = Kaleido(KaleidoConfig.from_config(config)), {"params": weights.params}
-    encoded = model.apply(variables, jnp.array([[5, 6, 7, 1], [8, 9, 1, 0]]), method="encode")
+    encoded = stages.encode(model, weights.params, jnp.array([[5, 6, 7, 1], [8, 9, 1, 0]]))
     seeds, indices = np.array([0, 0], np.uint32), np.array([0, 1], np.uint32)
     allowed = np.ones(512, bool)
     ids, log_prob = stages.draw_latents(
         model, weights.params, 10, encoded, seeds, indices, np.uint32(0), 0.8, 0, 0.95, allowed
     )
-    _, logits, _ = model.apply(variables, ids, encoded, method="latent_states")
+    teacher = jax.jit(functools.partial(model.apply, method="latent_states"))
+    _, logits, _ = teacher(variables, ids, encoded)
     each = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[..., None], -1)[..., 0]
     # Everything up to and with the end of the sequence counts.
     ended = np.cumsum(np.asarray(ids) == 1, axis=1) - (np.asarray(ids) == 1)
@@ -223,15 +224,18 @@ def test_a_sweep_compiles_once():
 
 def test_two_resolutions_are_sampled_together():
     pipe = _pipeline(_nested_config())
-    out = pipe(PROMPT, num_images=2, guidance_interval=(0.2, 0.7))
+    out = pipe(PROMPT, num_images=2)
     assert out.images.shape == (2, 8, 8, 3) and np.isfinite(out.samples).all()
     np.testing.assert_allclose(pipe.render(out.documents).samples, out.samples, **TOLERANCE)
 
 
 def test_points_of_the_toy_pass_through(tmp_path):
     config = toy.get_config()
+    config.model.denoiser.update(width=16, num_blocks=1)
     config.sample.steps = 4
-    out = _pipeline(config)("class a", num_images=5)
+    out = _pipeline(config)(
+        "class a", num_images=5, guidance_weight=4.0, guidance_interval=(0.2, 0.7)
+    )
     assert out.samples.shape == (5, 1, 1, 2) and np.isfinite(out.samples).all()
     folder = generate.write_outputs(out, tmp_path / "points")
     np.testing.assert_array_equal(np.load(folder / "samples.npy"), out.samples)
