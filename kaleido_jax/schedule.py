@@ -48,7 +48,8 @@ _TABLES = {"cosine": _cosine, "deepfloyd": _deepfloyd, "ddpm": _ddpm}
 
 @functools.lru_cache(maxsize=64)
 def _alpha_bar_table(name: str, scale: float, power: float) -> np.ndarray:
-    alpha_bar = _TABLES[name]()
+    # Released weights were trained with a float32 table, and a shift magnifies its rounding.
+    alpha_bar = _TABLES[name]().astype(np.float32).astype(np.float64)
     shift = scale**power
     # snr' = snr / shift, written without the division by 1 - alpha_bar that fails at level 0.
     shifted = alpha_bar / (alpha_bar + shift * (1.0 - alpha_bar))
