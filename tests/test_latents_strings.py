@@ -297,23 +297,23 @@ def test_nothing_else_escapes_thoroughly(data: st.DataObject) -> None:
 
 
 def test_ten_million_characters_are_refused_at_once() -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     for unit in ("#1", "(", "((", "a (1, 2, 3, 4) ", "[text] ", " ", "\ud800", "é"):
         string = unit * (10_000_000 // len(unit))
         for latent in LATENTS.values():
             with pytest.raises(LatentSizeError):
                 latent.parse(string)
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 @pytest.mark.parametrize(
     "unit", ["(", ")", "((", "a (", "1, ", "#", "#1", "[text] a ", "a [bbox] "]
 )
 def test_the_longest_nonsense_is_refused_quickly(unit: str) -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     for latent in LATENTS.values():
         string = (unit * latent.max_chars)[: latent.max_chars].strip()
         if latent.name != "text":
             with pytest.raises(LatentError):
                 latent.parse(string)
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2

@@ -25,8 +25,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from kaleido_jax.latents import drawing, grounding
-from kaleido_jax.latents.characters import check_integer, round_half_up
-from kaleido_jax.latents.errors import LatentRangeError, LatentTypeError
+from kaleido_jax.latents.characters import check_integer, check_prose, round_half_up
+from kaleido_jax.latents.errors import LatentRangeError
 
 NAME = "bbox"
 OVERLAY = True
@@ -85,16 +85,15 @@ class Segment:
     boxes: tuple[Box, ...] = ()
 
     def __post_init__(self) -> None:
-        _, boxes = grounding.check_segment(self.phrase, self.boxes, KIND)
+        check_prose(self.phrase, NAME, MAX_CHARS, "phrase")
+        boxes = grounding.check_items(self.boxes, KIND.make, grounding.MAX_OBJECTS, NAME)
         object.__setattr__(self, "boxes", boxes)
 
 
 def _spell(value: Sequence[Segment]) -> str:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(s, Segment) for s in value):
-        raise LatentTypeError(
-            f"the value must be a sequence of bbox.Segment, not {type(value).__name__}", latent=NAME
-        )
-    return grounding.check_pairs([(s.phrase, s.boxes) for s in value], KIND)
+    # The last of them may have no shape, hence one more than there may be objects.
+    segments = grounding.check_items(value, Segment, grounding.MAX_OBJECTS + 1, NAME)
+    return grounding.check_pairs([(s.phrase, s.boxes) for s in segments], KIND)
 
 
 def validate(value: Sequence[Segment]) -> tuple[Segment, ...]:

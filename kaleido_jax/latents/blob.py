@@ -29,8 +29,8 @@ import numpy as np
 from jaxtyping import Bool, Float64, UInt8
 
 from kaleido_jax.latents import drawing, grounding
-from kaleido_jax.latents.characters import check_integer, round_half_up
-from kaleido_jax.latents.errors import LatentRangeError, LatentTypeError
+from kaleido_jax.latents.characters import check_integer, check_prose, round_half_up
+from kaleido_jax.latents.errors import LatentRangeError
 
 NAME = "blob"
 OVERLAY = True
@@ -115,16 +115,15 @@ class Segment:
     ellipses: tuple[Ellipse, ...] = ()
 
     def __post_init__(self) -> None:
-        _, ellipses = grounding.check_segment(self.phrase, self.ellipses, KIND)
+        check_prose(self.phrase, NAME, MAX_CHARS, "phrase")
+        ellipses = grounding.check_items(self.ellipses, KIND.make, grounding.MAX_OBJECTS, NAME)
         object.__setattr__(self, "ellipses", ellipses)
 
 
 def _spell(value: Sequence[Segment]) -> str:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(s, Segment) for s in value):
-        raise LatentTypeError(
-            f"the value must be a sequence of blob.Segment, not {type(value).__name__}", latent=NAME
-        )
-    return grounding.check_pairs([(s.phrase, s.ellipses) for s in value], KIND)
+    # The last of them may have no shape, hence one more than there may be objects.
+    segments = grounding.check_items(value, Segment, grounding.MAX_OBJECTS + 1, NAME)
+    return grounding.check_pairs([(s.phrase, s.ellipses) for s in segments], KIND)
 
 
 def validate(value: Sequence[Segment]) -> tuple[Segment, ...]:

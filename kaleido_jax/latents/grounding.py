@@ -18,7 +18,6 @@ without objects has no such latent), at most MAX_OBJECTS shapes and MAX_CHARS ch
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 from kaleido_jax.latents.characters import check_prose
@@ -49,18 +48,29 @@ class Kind(NamedTuple):
     latent: str
     noun: str
     fields: tuple[str, ...]
-    make: Callable[..., object]
+    make: type
 
 
-def check_segment(phrase: object, shapes: object, kind: Kind) -> Pair:
-    """Returns (phrase, shapes as a tuple) of one segment. Raises LatentError."""
-    check_prose(phrase, kind.latent, MAX_CHARS, "phrase")
-    if not isinstance(shapes, (list, tuple)) or not all(isinstance(s, kind.make) for s in shapes):
+def check_items(items: object, make: type, limit: int, latent: str) -> tuple:
+    """Returns a list or tuple of at most `limit` instances of `make` as a tuple.
+
+    Raises LatentTypeError, and LatentSizeError before looking at any item.
+    """
+    if not isinstance(items, (list, tuple)):
         raise LatentTypeError(
-            f"a segment holds a sequence of {kind.make.__name__}, not {type(shapes).__name__}",
-            latent=kind.latent,
+            f"needs a list or tuple of {make.__name__}, not {type(items).__name__}", latent=latent
         )
-    return phrase, tuple(shapes)
+    if len(items) > limit:
+        raise LatentSizeError(
+            f"{len(items)} times {make.__name__}, at most {limit} are allowed", latent=latent
+        )
+    for item in items:
+        if not isinstance(item, make):
+            raise LatentTypeError(
+                f"needs only {make.__name__} in the sequence, not {type(item).__name__}",
+                latent=latent,
+            )
+    return tuple(items)
 
 
 def check_pairs(pairs: list[Pair], kind: Kind) -> str:
