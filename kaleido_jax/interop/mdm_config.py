@@ -17,7 +17,14 @@ from kaleido_jax.models import nested_unet, unet
 
 Shapes = Mapping[str, Sequence[int]]
 
-COMMON = ("num_heads", "num_groups_norm", "dropout", "temporal_dim", "use_attention_ffn")
+COMMON = (
+    "num_heads",
+    "num_groups_norm",
+    "num_groups_attention",
+    "dropout",
+    "temporal_dim",
+    "use_attention_ffn",
+)
 INNERMOST = ("num_lm_head_layers", "masked_cross_attention", "skip_mid_blocks")
 OUTER = ("skip_inner_unet_input", "skip_normalization")
 WIDTHS = ("conditioning_feature_dim", "conditioning_feature_proj_dim")

@@ -225,9 +225,7 @@ class Level(nn.Module):
         for i in range(self.num_resnets):
             if skips:
                 x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
-            block = residual(
-                self.width, c.num_groups_norm, c.dropout, c.dtypes, name=f"resnet_{i}"
-            )
+            block = residual(self.width, c.num_groups_norm, c.dropout, c.dtypes, name=f"resnet_{i}")
             x = block(x, emb, train)
             for j in range(self.num_attention):
                 block = attention(

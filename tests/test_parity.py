@@ -1,0 +1,109 @@
+"""The reference numbers of the repository, and any others that lie beside it."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from tests import parity
+
+OWN = pathlib.Path(__file__).parent / "reference"
+# The whole collection, where it is at hand; what it shares with ours is not run twice.
+OTHERS = pathlib.Path(os.environ.get("KALEIDO_REFERENCE", OWN.parents[2] / "shared" / "reference"))
+# Outputs that float32 does not determine to the tolerance: the innermost features of this file
+# are 1x1 pixels, normalised in groups of one or two numbers, some pairs 3e-4 apart. There
+# PyTorch misses its own stored output by 1e-3 to 8e-3 of the deviation, depending on the code
+# path that the processor selects, and float64 misses it by 1.2e-3. The higher resolutions, which
+# read the same features, are held to the tolerance.
+UNDETERMINED = {("mdm_nested2.npz", "pred_2")}
+
+
+def others() -> list[pathlib.Path]:
+    """Entries of the collection that differ from our copy."""
+    if not OTHERS.is_dir():
+        return []
+    return [path for path in parity.entries(OTHERS) if not same(path, OWN / path.name)]
+
+
+def same(left: pathlib.Path, right: pathlib.Path) -> bool:
+    """Whether two files, or all files of two folders, are equal."""
+    if not right.exists():
+        return False
+    if left.is_file():
+        return filecmp.cmp(left, right, shallow=False)
+    names = [p.relative_to(left) for p in left.rglob("*") if p.is_file()]
+    return all(same(left / name, right / name) for name in names)
+
+
+@pytest.mark.parametrize("path", parity.entries(OWN), ids=lambda path: path.name)
+def test_own_reference(path):
+    if parity.format_of(path) in parity.UNCHECKED:
+        pytest.skip("nothing of the project computes this format yet")
+    undetermined = {output for name, output in UNDETERMINED if name == path.name}
+    if undetermined:
+        outputs = parity.compute(path)
+        off = {name for name, pair in outputs.items() if parity.errors(*pair)[1] > 2e-4}
+        assert off <= undetermined
+        if off:
+            pytest.xfail(f"float32 does not determine {', '.join(off)} (see UNDETERMINED)")
+    holds, line = parity.report(path)
+    assert holds, line
+
+
+@pytest.mark.skipif(not OTHERS.is_dir(), reason="no collection of reference files at hand")
+def test_other_references():
+    lines = [parity.report(path) for path in others()]
+    assert all(holds for holds, _ in lines), "\n".join(line for _, line in lines)
+
+
+def test_every_kind_of_network_is_among_our_references():
+    kinds = {parity.format_of(path) for path in parity.entries(OWN)}
+    assert {"mdm_unet", "mdm_nested", "mdm_loss", "t5_", "t5x_"} <= kinds
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("mdm_sampler_7.npz", "mdm_sampler"),
+        ("mdm_sample.npz", "mdm_sample."),
+        ("mdm_sample_b.npz", "mdm_sample_"),
+        ("mdm_nested3.npz", "mdm_nested"),
+        ("t5_v1_1.npz", "t5_"),
+        ("solver.npz", "solver"),
+        ("mdm_unet.txt", None),
+        ("other.npz", None),
+    ],
+)
+def test_the_longest_beginning_names_the_format(name, kind):
+    assert parity.format_of(pathlib.Path(name)) == kind
+
+
+def test_errors_are_relative_to_the_spread():
+    want = np.array([10.0, 12.0])
+    assert parity.errors([10.0, 12.5], want) == pytest.approx((0.5, 0.5))
+    assert parity.errors(np.float32(4.4), np.float32(4.0)) == pytest.approx((0.4, 0.1))
+    assert parity.errors(np.zeros(2), np.zeros(3)) == (np.inf, np.inf)
+    assert parity.errors(np.array([np.nan, 1]), np.ones(2)) == (np.inf, np.inf)
+
+
+def test_a_wrong_output_and_a_broken_file_fail(tmp_path, monkeypatch, capsys):
+    want = np.arange(4.0)
+    monkeypatch.setattr(parity, "compute", lambda path: {"x": (want * 1.001, want)})
+    (tmp_path / "mdm_unet.npz").touch()
+    assert parity.main([str(tmp_path)]) == 1
+    assert "FAILED" in capsys.readouterr().out
+    monkeypatch.setattr(parity, "compute", lambda path: {"x": (want, want)})
+    assert parity.main([str(tmp_path)]) == 0
+    monkeypatch.undo()
+    assert parity.main([str(tmp_path)]) == 1
+
+
+def test_a_folder_without_references_is_misuse(tmp_path, capsys):
+    assert parity.main([str(tmp_path)]) == 2
+    assert parity.main([str(tmp_path / "missing")]) == 2
+    assert parity.main([]) == 2
+    assert "usage" in capsys.readouterr().err
