@@ -92,7 +92,7 @@ def demo(args: argparse.Namespace) -> None:
     """Trains the toy, samples the shapes model and its baseline, writes a page of both."""
     from kaleido_jax import demo as package
 
-    package.run(args.out, quick=args.quick)
+    package.run(args.out, quick=args.quick, seed=args.seed, overwrite=args.overwrite)
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -36,6 +36,14 @@ def add_demo(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentP
         action="store_true",
         help="a few steps of everything: shows that it runs, not that it works",
     )
+    parser.add_argument(
+        "--seed", type=whole(0, MAX_SEED - 1), default=0, help="of training and sampling"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="if DIR holds anything but a former demo, rename it instead of refusing",
+    )
     return parser
 
 

@@ -35,12 +35,26 @@ def guided_probabilities(
     Raises:
       UserError: an unknown factor or a text that is no caption of shapes.
     """
-    _check_factor(factor)
+    return guided_joint(caption, (factor,), guidance_weight)
+
+
+def guided_joint(
+    caption: str, factors: tuple[str, ...], guidance_weight: float
+) -> Float[np.ndarray, " *modes"]:
+    """As `guided_probabilities`, of distinct factors together: an axis for each, in order.
+
+    Raises:
+      UserError: an unknown factor or a text that is no caption of shapes.
+    """
+    for factor in factors:
+        _check_factor(factor)
     theme, hues = parse_caption(caption)
-    if factor == "shade":  # free of the theme, so guidance leaves it
-        return TABLES[factor][theme].copy()
+    if "shade" in factors:  # free of the theme and of the rest, so guidance leaves it
+        if len(factors) > 1:
+            raise UserError("the shade is independent of other factors; ask for it alone")
+        return TABLES["shade"][theme].copy()
     names = ["shape"] * len(hues) + ["background"] + (["layout"] if len(hues) > 1 else [])
-    if factor not in names:
+    if "layout" in factors and len(hues) < 2:
         raise UserError(f"{caption!r} has one object and so no layout")
     joint = np.stack(
         [
@@ -51,8 +65,10 @@ def guided_probabilities(
         ]
     )
     weights = tilt(joint[theme], joint.mean(0), guidance_weight)
-    kept = names.index(factor)
-    return weights.sum(tuple(axis for axis in range(len(names)) if axis != kept))
+    kept = [names.index(factor) for factor in factors]
+    rest = tuple(axis for axis in range(len(names)) if axis not in kept)
+    # Summing keeps the axes that are left in ascending order; put them as asked.
+    return np.transpose(weights.sum(rest), np.argsort(np.argsort(kept)))
 
 
 def guided_marginal(

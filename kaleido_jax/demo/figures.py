@@ -1,0 +1,24 @@
+"""What the demo's pictures share: colours, and how they are written."""
+
+from __future__ import annotations
+
+import pathlib
+
+import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+INK, GREY, FAINT = "#202028", "#8a8a94", "#d8d8de"
+BASELINE, KALEIDO = "#8c6d1f", "#1f6fb4"
+DPI = 160
+# Words of an SVG become outlines that look alike everywhere; ids do not change from run to run.
+_STYLE = {"svg.fonttype": "path", "svg.hashsalt": "kaleido"}
+
+
+def save(figure: Figure, folder: pathlib.Path, name: str, vector: bool = True) -> None:
+    """Writes NAME.png, and with `vector` NAME.svg, on white; equal figures give equal bytes."""
+    FigureCanvasAgg(figure)
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(folder / f"{name}.png", dpi=DPI, facecolor="white")
+        if vector:
+            figure.savefig(folder / f"{name}.svg", facecolor="white", metadata={"Date": None})
