@@ -18,24 +18,24 @@ def get_config() -> ConfigDict:
     c.data.source = ConfigDict(dict(name="toy", seed=0, num_examples=1_000_000))
     c.data.image_size = 1
     c.data.channels = 2
-    c.data.caption_length = 8
-    c.data.latent_length = 12
+    c.data.caption_length = 4
+    c.data.latent_length = 7
     c.vocabulary.num_vokens = 0
-    tiny = dict(emb_dim=32, num_heads=2, head_dim=16, mlp_dim=64)
+    tiny = dict(emb_dim=16, num_heads=1, head_dim=16, mlp_dim=32)
     tiny |= dict(num_encoder_layers=1, num_decoder_layers=1)
     c.model.text_encoder = small_t5(**tiny)
     c.model.latent_decoder = small_t5(**tiny)
     c.model.freeze_encoder = False
     c.model.denoiser = ConfigDict(
-        dict(name="mlp", channels=2, width=128, num_blocks=4, conditioning_feature_dim=32)
+        dict(name="mlp", channels=2, width=64, num_blocks=4, conditioning_feature_dim=16)
     )
     c.diffusion.schedule = "deepfloyd"
     c.diffusion.loss_target = "v"
-    c.train.batch_size = 512
-    c.train.num_steps = 3_000
+    c.train.batch_size = 128
+    c.train.num_steps = 1_500
     c.train.latent_weight = 0.1
-    c.train.log_every = 500
-    c.train.checkpoint_every = 3_000
+    c.train.log_every = 250
+    c.train.checkpoint_every = 1_500
     c.train.sample_every = 0
     c.optim.learning_rate = 2e-3
     c.optim.warmup_steps = 100

@@ -89,7 +89,7 @@ def made_shapes(unreadable: int = 0) -> shapes.Shapes:
                 rows.append(generator.choice(len(p), (EACH, places), p=p))
             return np.concatenate(rows)
 
-        joint = pick(coverage.HEADLINE)[:, 0]
+        joint = pick(coverage.JOINT)[:, 0]
         modes = {
             "hue": np.full(count, 2),
             "count": np.full(count, 2),
@@ -185,7 +185,7 @@ def test_table_finds_what_was_drawn():
 def test_unreadable_pictures_make_every_subset_smaller():
     whole, broken = made_shapes(), made_shapes(unreadable=20)
     sizes = {row["factor"]: row["size"] for row in shapes.table(broken)}
-    assert sizes["layout"] == sizes[coverage.HEADLINE] == EACH - 20
+    assert sizes["layout"] == sizes[coverage.JOINT] == EACH - 20
     assert sizes["background"] == EACH
     share = {(r["model"], r["guidance"]): r["readable"] for r in shapes.readable(broken)}
     assert share["kaleido", 1.0] == 1.0
@@ -202,9 +202,9 @@ def test_a_caption_hardly_read_is_left_out_for_both_models():
 def test_nothing_read_gives_no_number_and_no_verdict():
     result = made_shapes()
     for drawn in result.drawn["baseline"].values():
-        drawn.modes["layout"][:] = -1
+        drawn.modes["layout"][:] = drawn.modes["background"][:] = -1
     rows = shapes.table(result)
-    assert all(np.isnan(r["ratio"]) for r in rows if r["factor"] == coverage.HEADLINE)
+    assert all(np.isnan(r["ratio"]) for r in rows if r["factor"] == coverage.JOINT)
     assert verdicts(shapes.checks(rows)) == [False]
 
 

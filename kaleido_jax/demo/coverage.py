@@ -16,8 +16,12 @@ from jaxtyping import Bool, Float, Int
 from kaleido_jax.data.shapes import FACTOR_NAMES
 from kaleido_jax.data.shapes_modes import effective_modes, guided_joint, guided_marginal
 
-FACTORS = ("layout", "background", "layout x background", "shape", "shade")
-HEADLINE = "layout x background"
+JOINT = "layout x background"
+FACTORS = ("layout", "background", JOINT, "shape", "shade")
+# What the claim is judged by: the factor that every picture shows, so that all of them count. The
+# others need objects of the right hues, which so small a model often misses at guidance 1; their
+# subsets are smaller, and a small subset hides a large difference.
+HEADLINE = "background"
 _DRAWS = 400
 
 
@@ -68,7 +72,7 @@ def codes(read: Mapping[str, np.ndarray], captions: Sequence[str], factor: str) 
         names = FACTOR_NAMES[factor]
         return Codes(len(names), np.concatenate(both), captions * 2)
     modes = {name: len(FACTOR_NAMES[name]) for name in ("layout", "background")}
-    if factor != HEADLINE:
+    if factor != JOINT:
         return Codes(modes[factor], by_caption(read[factor]), captions)
     layout, background = read["layout"], read["background"]
     joint = np.where(layout < 0, -1, layout * modes["background"] + background)
@@ -127,7 +131,7 @@ def true_modes(captions: Sequence[str], factor: str, weight: float) -> float:
 
 def alone(captions: Sequence[str], factor: str, weight: float) -> float | None:
     """As `true_modes`, were this factor all that a picture tells of its theme; None for a pair."""
-    if factor == HEADLINE or not captions:
+    if factor == JOINT or not captions:
         return None
     found = [effective_modes(guided_marginal(caption, factor, weight)) for caption in captions]
     return float(np.mean(found))
