@@ -20,9 +20,9 @@ def get_config() -> ConfigDict:
     c.model.denoiser = ConfigDict(
         dict(
             name="nested_unet",
-            resolution_channels=(16, 32),
-            num_resnets_per_resolution=(1, 1),
-            num_attention_layers=(0, 0),
+            resolution_channels=(16, 32, 32),
+            num_resnets_per_resolution=(1, 1, 1),
+            num_attention_layers=(0, 0, 0),
             num_groups_norm=16,
             num_groups_attention=16,
             dtype="float32",

@@ -68,7 +68,9 @@ def manifest_problem(folder: pathlib.Path) -> str | None:
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
             return f"{name} is missing"
-        if name in wanted and found[name]["sha256"] != wanted[name]["sha256"]:
+        if name not in wanted:
+            return f"{name} is not in the manifest"
+        if found[name]["sha256"] != wanted[name]["sha256"]:
             return f"{name} differs from the manifest"
     return None
 
@@ -143,7 +145,7 @@ class Checkpoints:
         path = self.step_folder(step) / "state"
         try:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                return checkpointer.restore(
+                restored = checkpointer.restore(
                     path,
                     args=ocp.args.PyTreeRestore(
                         item=dict(template),
@@ -154,6 +156,17 @@ class Checkpoints:
         except (ValueError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"checkpoint {path} does not fit this config: {reason}") from error
+        # A partial restore leaves what it did not find as it was in the template.
+        missing = [
+            jax.tree_util.keystr(where, simple=True, separator="/")
+            for where, leaf in jax.tree_util.tree_leaves_with_path(restored)
+            if isinstance(leaf, jax.ShapeDtypeStruct)
+        ]
+        if missing:
+            raise UserError(
+                f"checkpoint {path} does not fit this config: it lacks {', '.join(missing)}"
+            )
+        return restored
 
     def saved_shapes(self, step: int) -> dict[str, Any]:
         """The saved tree with `jax.ShapeDtypeStruct` leaves, as nested dictionaries."""

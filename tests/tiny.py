@@ -54,9 +54,9 @@ def tiny_config(*overrides: str, name: str = "shapes", nested: bool = False) -> 
                 config.model.denoiser = ConfigDict(
                     dict(
                         name="nested_unet",
-                        resolution_channels=(8, 8),
-                        num_resnets_per_resolution=(1, 1),
-                        num_attention_layers=(0, 0),
+                        resolution_channels=(8, 8, 8),
+                        num_resnets_per_resolution=(1, 1, 1),
+                        num_attention_layers=(0, 0, 0),
                         num_groups_norm=4,
                         skip_normalization=True,
                         inner=inner,

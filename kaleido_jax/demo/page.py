@@ -205,7 +205,7 @@ def _scratch(scratch: dict[str, Any]) -> list[str]:
         ),
         markup.picture(
             "scratch_samples.png",
-            f"Eight pictures sampled after {scratch['steps']} steps.",
+            f"Pictures sampled after {scratch['steps']} steps.",
             300,
             f"Sampled from the last checkpoint: what {scratch['steps']} steps have learned.",
         ),

@@ -35,7 +35,7 @@ QUICK = (
     "model.denoiser.num_attention_layers=(0,0)",
     "sample.steps=2",
 )
-GUIDANCE = 2.0
+GUIDANCE, PICTURES = 2.0, 2  # of each caption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Scratch:
       losses: one dict (step, loss, loss_dm, loss_ar) per step of the unbroken run.
       resumed: the same of the second run, from step `stop` + 1 on.
       same_arrays: share of the arrays of the two last states that are equal, bit for bit.
-      images: one picture for each caption, from the model as it is after these few steps.
+      images: a few pictures of each caption, from the model as it is after these few steps.
     """
 
     steps: int
@@ -90,7 +90,7 @@ def run(
     same = jax.tree.map(np.array_equal, jax.device_get(first), jax.device_get(second))
     note("sampling", 0.85)
     pipe = generate.Pipeline(bundle.load(resumed))
-    output = pipe(list(CAPTIONS), seed=seed, guidance_weight=GUIDANCE, batch_size=BATCH)
+    output = pipe(list(CAPTIONS), PICTURES, seed=seed, guidance_weight=GUIDANCE, batch_size=BATCH)
     return Scratch(
         steps=steps,
         stop=stop,

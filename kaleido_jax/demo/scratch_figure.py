@@ -9,8 +9,9 @@ from PIL import Image
 
 from kaleido_jax.demo.figures import FAINT, INK, KALEIDO, save
 from kaleido_jax.demo.scratch import Scratch
-from kaleido_jax.demo.shapes import HUES
 from kaleido_jax.demo.shapes_figure import mosaic
+
+COLUMNS = 4
 
 
 def draw(result: Scratch) -> Figure:
@@ -49,5 +50,5 @@ def draw(result: Scratch) -> Figure:
 def write(result: Scratch, folder: pathlib.Path) -> None:
     """Writes scratch.png, scratch.svg and scratch_samples.png."""
     save(draw(result), folder, "scratch")
-    columns = len(result.images) // len(HUES)
-    Image.fromarray(mosaic(result.images, columns, len(HUES))).save(folder / "scratch_samples.png")
+    rows = -(-len(result.images) // COLUMNS)
+    Image.fromarray(mosaic(result.images, COLUMNS, rows)).save(folder / "scratch_samples.png")

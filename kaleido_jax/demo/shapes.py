@@ -22,12 +22,14 @@ from kaleido_jax.latents import LatentDocument
 
 MODELS = ("baseline", "kaleido")
 WEIGHTS = (1.0, 2.0, 4.0, 8.0)
-HUES = (("red", "blue"), ("green", "purple"))
-CAPTIONS = tuple(shapes_text.write_caption(theme, list(pair)) for pair in HUES for theme in THEMES)
-SAMPLES = 24  # of each caption, model and weight
+HUES = (("red", "blue"), ("green", "purple"), ("yellow", "blue"), ("red", "green"))
+CAPTIONS = tuple(
+    shapes_text.write_caption(theme, list(pair)) for theme, pair in zip(THEMES, HUES, strict=True)
+)
+SAMPLES = 48  # of each caption, model and weight
 QUICK = {"num_steps": 2}
 QUICK_SAMPLES = 2
-BATCH = 32
+BATCH = 24
 EXPECTED_RATIO = 1.5
 
 
@@ -124,7 +126,7 @@ def draw_latents(pipe: generate.Pipeline, count: int, seed: int) -> list[LatentD
         document
         for number, caption in enumerate(CAPTIONS)
         for document in pipe.draw_latents(
-            caption, count, seed=seed, first_index=number * count, batch_size=count
+            caption, count, seed=seed, first_index=number * count, batch_size=BATCH
         )
     ]
 

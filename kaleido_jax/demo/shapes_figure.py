@@ -16,9 +16,9 @@ from kaleido_jax.demo.figures import BASELINE, FAINT, GREY, INK, KALEIDO, save
 from kaleido_jax.demo.shapes import Drawn, Shapes
 from kaleido_jax.latents import panel
 
-GRID_CAPTIONS = (0, 5, 3)  # numbers in Shapes.captions
+GRID_CAPTIONS = (0, 1, 3)  # numbers in Shapes.captions
 GRID_COLUMNS, GRID_ROWS = 4, 2  # pictures of one cell
-PANEL_CAPTIONS, PANELS_EACH, PANEL_WEIGHT = (0, 6), 4, 4.0
+PANEL_CAPTIONS, PANELS_EACH, PANEL_WEIGHT = (0, 2), 4, 4.0
 _ENLARGED, _GAP = 96, 4  # pixels
 _FRAME = 190  # grey: white pictures would run into the paper
 _LABELS = {"baseline": "baseline", "kaleido": "Kaleido"}
