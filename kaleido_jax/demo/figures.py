@@ -15,10 +15,12 @@ DPI = 160
 _STYLE = {"svg.fonttype": "path", "svg.hashsalt": "kaleido"}
 
 
-def save(figure: Figure, folder: pathlib.Path, name: str, vector: bool = True) -> None:
+def save(
+    figure: Figure, folder: pathlib.Path, name: str, vector: bool = True, dpi: int = DPI
+) -> None:
     """Writes NAME.png, and with `vector` NAME.svg, on white; equal figures give equal bytes."""
     FigureCanvasAgg(figure)
     with matplotlib.rc_context(_STYLE):
-        figure.savefig(folder / f"{name}.png", dpi=DPI, facecolor="white")
+        figure.savefig(folder / f"{name}.png", dpi=dpi, facecolor="white")
         if vector:
             figure.savefig(folder / f"{name}.svg", facecolor="white", metadata={"Date": None})

@@ -46,6 +46,7 @@ thead th { color: var(--soft); border-top: 0; }
 th:first-child, td:first-child, th.left { text-align: left; }
 tr.strong td, tr.strong th.left { font-weight: 600; }
 tbody th { vertical-align: top; }
+tbody th[scope=rowgroup] { white-space: normal; min-width: 7rem; max-width: 9rem; }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem 1rem; }
 dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }

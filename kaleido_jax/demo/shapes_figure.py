@@ -119,7 +119,7 @@ def write(result: Shapes, rows: Sequence[dict[str, Any]], folder: pathlib.Path) 
     Returns:
       The panels as {"file", "caption", "latents"}, in order.
     """
-    save(grid(result), folder, "shapes", vector=False)
+    save(grid(result), folder, "shapes", vector=False, dpi=120)
     save(curves(rows), folder, "coverage")
     return panels(result, folder)
 
