@@ -33,26 +33,32 @@ def whole_params(state):
     return {**state.params, **state.frozen}
 
 
+def quick_config(*overrides):
+    """The toy's config, whose denoiser compiles in no time: the rest of the model is the same.
+
+    With a constant rate the program does not depend on the number of steps either.
+    """
+    return tiny_config("optim.decay=constant", *overrides, name="toy")
+
+
 @pytest.fixture(scope="module")
 def setup():
-    cfg = tiny_config(nested=True)
+    cfg = quick_config()
     trainer = one_device(cfg)
     return cfg, trainer, trainer.init(), first_batch(cfg)
 
 
 def loss_of(cfg, params, batch, step=0):
     trainer = one_device(cfg)
-    loss = jax.jit(
-        lambda p, b: losses.joint_loss(
-            trainer.model, p, b, cfg.seed, jnp.int32(step), trainer.loss_config
-        )
+    return losses.joint_loss(
+        trainer.model, params, batch, cfg.seed, jnp.int32(step), trainer.loss_config
     )
-    return loss(params, batch)
 
 
-def test_the_loss_is_the_sum_that_the_paper_names(setup):
-    cfg, _, state, batch = setup
-    _, metrics = loss_of(cfg, whole_params(state), batch)
+def test_the_loss_is_the_sum_that_the_paper_names():
+    cfg = tiny_config(nested=True)
+    trainer = one_device(cfg)
+    _, metrics = trainer.step(trainer.init(), trainer.put(first_batch(cfg)))
     per_resolution = metrics["loss_dm_32"] + metrics["loss_dm_16"]
     assert metrics["loss_dm"] == pytest.approx(float(per_resolution), rel=1e-6)
     eta = cfg.train.latent_weight
@@ -62,7 +68,7 @@ def test_the_loss_is_the_sum_that_the_paper_names(setup):
 
 def test_eta_zero_leaves_only_the_diffusion_loss_to_train_the_decoder(setup):
     cfg, _, state, batch = setup
-    cfg = tiny_config("train.latent_weight=0.0", nested=True)
+    cfg = quick_config("train.latent_weight=0.0")
     trainer = one_device(cfg)
     # A zero-initialised output would pass no gradient on: make it pass.
     params = jax.tree.map(lambda x: x + 0.1, state.params)
@@ -77,7 +83,7 @@ def test_eta_zero_leaves_only_the_diffusion_loss_to_train_the_decoder(setup):
 
 def test_the_baseline_is_the_same_code_without_z(setup):
     *_, batch = setup
-    cfg = tiny_config("latents=()", nested=True)
+    cfg = quick_config("latents=()")
     trainer = one_device(cfg)
     state, metrics = trainer.step(trainer.init(), trainer.put(first_batch(cfg)))
     assert sorted(state.params) == ["denoiser", "text_encoder"]
@@ -92,8 +98,8 @@ def test_a_dropped_condition_hides_caption_and_latents_but_not_from_the_latent_l
     other = batch.replace(
         caption_tokens=batch.caption_tokens[::-1], latent_tokens=batch.latent_tokens[::-1]
     )
-    always = tiny_config("train.cond_drop_rate=1.0", nested=True)
-    never = tiny_config("train.cond_drop_rate=0.0", nested=True)
+    always = quick_config("train.cond_drop_rate=1.0")
+    never = quick_config("train.cond_drop_rate=0.0")
     _, dropped = loss_of(always, params, batch)
     _, dropped_other = loss_of(always, params, other)
     _, kept = loss_of(never, params, batch)
@@ -134,7 +140,7 @@ def test_the_last_decoder_state_has_read_all_of_z_and_padding_changes_nothing(se
 
 
 def test_a_frozen_encoder_has_no_slots_and_does_not_move():
-    cfg = tiny_config("model.freeze_encoder=True")
+    cfg = quick_config("model.freeze_encoder=True")
     trainer = one_device(cfg)
     state = trainer.init()
     before = leaves(state.frozen)
@@ -150,13 +156,16 @@ def test_a_frozen_encoder_has_no_slots_and_does_not_move():
     assert any(name.startswith("denoiser") for name in moved)
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
-def test_any_mesh_gives_the_same_losses(sizes, setup):
+@pytest.mark.parametrize(
+    "sizes", [(2, 2, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in [(8, 1, 1), (2, 4, 1)])]
+)
+def test_any_mesh_gives_the_same_losses(sizes):
     """Draws are global, so only the order of float sums differs: 1e-4 relative over 3 steps."""
-    cfg, trainer, _, _ = setup
+    cfg = tiny_config()
+    trainer = one_device(cfg)
     data, fsdp, tensor = sizes
     meshed = train.Trainer(
-        tiny_config(f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}", nested=True)
+        tiny_config(f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"mesh.tensor={tensor}")
     )
     loader = train.make_loader(cfg, bundle.make_vocabulary(cfg))
     states = [trainer.init(), meshed.init()]
@@ -199,35 +208,32 @@ def test_activations_are_sharded_inside_the_step():
         lowered = trainer.compiled_update.lower(
             trainer.abstract_state(), jax.eval_shape(lambda: first_batch(cfg))
         )
-    text = lowered.as_text()
-    assert "sharding_constraint" in text or "@Sharding" in text
+    lines = [line for line in lowered.as_text().splitlines() if "sharding_constraint" in line]
+    assert sum('{"data", "fsdp"}' in line for line in lines) >= 10, lines[:3]
+    assert sum('"tensor"' in line for line in lines) >= 5
 
 
 def test_going_on_is_equal_to_the_bit_and_keeps_one_line_a_step(tmp_path):
-    cfg = tiny_config()
+    cfg = quick_config()
     whole = train.train(cfg, tmp_path / "whole", say=lambda _: None)
-    half = tiny_config("train.num_steps=2", "optim.decay=constant")
-    cfg_half = tiny_config("optim.decay=constant")
-    train.train(half, tmp_path / "parts", say=lambda _: None)
+    train.train(quick_config("train.num_steps=2"), tmp_path / "parts", say=lambda _: None)
     said = []
-    parts = train.train(cfg_half, tmp_path / "parts", say=said.append)
-    constant = train.train(cfg_half, tmp_path / "constant", say=lambda _: None)
+    parts = train.train(cfg, tmp_path / "parts", say=said.append)
     assert any("going on from step 2" in line for line in said)
-    for name, value in leaves(constant.as_dict()["params"]).items():
+    for name, value in leaves(whole.params).items():
         np.testing.assert_array_equal(value, leaves(parts.params)[name])
     lines = {
         run: [json.loads(x) for x in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("constant", "parts")
+        for run in ("whole", "parts")
     }
     assert [x["step"] for x in lines["parts"]] == [1, 2, 3, 4]
-    for a, b in zip(lines["constant"], lines["parts"], strict=True):
+    for a, b in zip(lines["whole"], lines["parts"], strict=True):
         a.pop("images_per_second"), b.pop("images_per_second")
         assert a == b
-    assert int(whole.step) == 4
 
 
 def test_a_killed_run_goes_on_from_the_last_whole_step(tmp_path):
-    cfg = tiny_config("train.num_steps=3")
+    cfg = quick_config("train.num_steps=3")
 
     class Killed(Exception):
         pass
@@ -247,9 +253,9 @@ def test_a_killed_run_goes_on_from_the_last_whole_step(tmp_path):
 
 
 def test_a_changed_config_is_refused_and_the_difference_shown(tmp_path):
-    train.train(tiny_config("train.num_steps=1"), tmp_path, say=lambda _: None)
-    changed = tiny_config("train.num_steps=1", "optim.learning_rate=0.5")
-    with pytest.raises(UserError, match=r"optim\.learning_rate: 0\.0012 -> 0\.5"):
+    train.train(quick_config("train.num_steps=1"), tmp_path, say=lambda _: None)
+    changed = quick_config("train.num_steps=1", "optim.learning_rate=0.5")
+    with pytest.raises(UserError, match=r"optim\.learning_rate: 0\.002 -> 0\.5"):
         train.train(changed, tmp_path, say=lambda _: None)
 
 
@@ -264,8 +270,8 @@ def test_a_decoder_too_small_for_its_vocabulary_is_refused():
         train.make_loader(cfg, bundle.make_vocabulary(cfg))
 
 
-def test_both_losses_fall_on_shapes(tmp_path):
-    cfg = tiny_config("train.num_steps=60", "train.log_every=20", "train.checkpoint_every=60")
+def test_both_losses_fall(tmp_path):
+    cfg = quick_config("train.num_steps=60", "train.log_every=20", "train.checkpoint_every=60")
     train.train(cfg, tmp_path, say=lambda _: None)
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss_dm"] < 0.8 * lines[0]["loss_dm"]
