@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import html.parser
 import json
-import os
 import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from kaleido_jax import bundle, cli, demo
-from kaleido_jax import train as training
+from kaleido_jax import bundle, demo
 from kaleido_jax.data import shapes_modes
 from kaleido_jax.data import toy as toy_data
 from kaleido_jax.demo import (
-    configs,
     coverage,
     folder,
     markup,
@@ -30,7 +27,6 @@ from kaleido_jax.demo import (
     toy_figure,
 )
 from kaleido_jax.demo.checks import Check
-from kaleido_jax.demo.progress import Progress
 from kaleido_jax.errors import UserError
 from kaleido_jax.latents import LatentDocument
 
@@ -229,123 +225,6 @@ def test_guided_joint_agrees_with_its_marginals():
         shapes_modes.guided_joint(caption, ("shade", "layout"), 4.0)
 
 
-# ---- progress and folder --------------------------------------------------------------------
-
-
-def test_time_left_follows_the_pace():
-    now = [0.0]
-    lines = []
-    progress = Progress(lines.append, {"a": 10.0, "b": 30.0}, clock=lambda: now[0])
-    progress.start("a", "first")
-    assert lines == ["[a] first · about 0:40 left"]
-    now[0] = 20.0  # twice as slow as expected
-    progress.start("b", "second")
-    assert progress.seconds == {"a": 20.0}
-    assert 45 < progress.remaining(0.0) <= 60
-    now[0] = 80.0
-    progress.finish()
-    assert progress.seconds == {"a": 20.0, "b": 60.0}
-    assert progress.remaining(0.0) == 0.0
-    with pytest.raises(KeyError):
-        progress.start("c", "unknown")
-
-
-def former_demo(where: pathlib.Path) -> pathlib.Path:
-    where.mkdir()
-    (where / "index.html").write_text("old")
-    results = {"made_by": folder.MADE_BY, "files": ["index.html"]}
-    (where / folder.RESULTS).write_text(json.dumps(results))
-    return where
-
-
-def test_folders_that_may_be_written(tmp_path):
-    assert folder.check(tmp_path / "new") == tmp_path / "new"
-    (tmp_path / "empty").mkdir()
-    folder.check(tmp_path / "empty")
-    folder.check(former_demo(tmp_path / "former"))
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ({"mine.txt": "x"}, "no former demo"),
-        ({"results.json": "{}"}, "no former demo"),
-        ({"results.json": '{"made_by": "kaleido demo"}'}, "no former demo"),
-        ({"results.json": "[1]"}, "no former demo"),
-        ({"results.json": b"\xff"}, "no former demo"),
-    ],
-)
-def test_other_folders_are_refused_unless_told(tmp_path, content, words):
-    out = tmp_path / "out"
-    out.mkdir()
-    for name, text in content.items():
-        (out / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match=words):
-        folder.check(out)
-    assert folder.check(out, overwrite=True) == out
-
-
-def test_a_former_demo_with_a_file_of_somebody_else_is_refused(tmp_path):
-    out = former_demo(tmp_path / "out")
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"notes\.txt"):
-        folder.check(out)
-
-
-def test_the_folder_one_is_in_is_refused_even_with_overwrite(tmp_path, monkeypatch):
-    inner = tmp_path / "a" / "b"
-    inner.mkdir(parents=True)
-    monkeypatch.chdir(inner)
-    for out in (".", "..", tmp_path):
-        with pytest.raises(UserError, match="the folder you are in"):
-            folder.check(out, overwrite=True)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="is a file"):
-        folder.check(tmp_path / "file", overwrite=True)
-
-
-def test_replacing_keeps_what_is_not_ours(tmp_path):
-    def finished() -> pathlib.Path:
-        place = folder.begin(tmp_path / "out")
-        (place / "index.html").write_text("new")
-        return place
-
-    out = former_demo(tmp_path / "out")
-    assert folder.replace(finished(), out) is None
-    assert (out / "index.html").read_text() == "new"
-    (out / folder.RESULTS).unlink(missing_ok=True)
-    assert folder.replace(finished(), out) == tmp_path / "out.old"
-    assert folder.replace(finished(), out) == tmp_path / "out.old2"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out.old", "out.old2"]
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot be written"):
-        folder.begin(tmp_path / "out")
-
-
-def test_the_demo_looks_at_its_folder_before_it_trains(tmp_path):
-    (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(UserError, match=r"mine|former demo"):
-        demo.run(tmp_path, quick=True, say=lambda line: None)
-    with pytest.raises(UserError, match="seed"):
-        demo.run(tmp_path / "new", quick=True, seed=-1, say=lambda line: None)
-    models = dict.fromkeys(shapes.MODELS, tmp_path / "none")
-    with pytest.raises(UserError, match="does not exist"):
-        demo.run(tmp_path / "new", quick=True, say=lambda line: None, models=models)
-    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
-
-
-def test_the_verb_hands_on_what_it_was_told(monkeypatch, tmp_path):
-    found = {}
-    monkeypatch.setattr(demo, "run", lambda out, **given: found.update(given, out=out))
-    words = ["demo", "--out", str(tmp_path / "x"), "--quick", "--seed", "5", "--overwrite"]
-    assert cli.main(words) == 0
-    assert found == {"out": tmp_path / "x", "quick": True, "seed": 5, "overwrite": True}
-
-
 # ---- pictures and page ----------------------------------------------------------------------
 
 
@@ -456,34 +335,27 @@ def test_markup_escapes():
         assert hostile in Page(piece).words + str(Page(piece).references)
 
 
-def test_shapes_models_with_other_sampling_are_not_compared(tiny_models):
-    other = bundle.load(tiny_models["baseline"])
-    config = other.config.copy_and_resolve_references()
-    with config.unlocked():
-        config.sample.steps = 7
-    folder_ = pathlib.Path(tiny_models["baseline"]).with_name("other")
-    bundle.save(folder_, bundle.Bundle(config, other.params, other.vocabulary, "x"))
-    with pytest.raises(UserError, match="defaults of sampling"):
-        shapes.open_models({**tiny_models, "baseline": folder_})
-
-
 # ---- the whole ------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tiny_models(tmp_path_factory) -> dict[str, pathlib.Path]:
-    """Untrained exports of both models of shapes, of the sizes of the quick training."""
-    place = tmp_path_factory.mktemp("models")
-    found = {}
-    for model, latents in (("baseline", ()), ("kaleido", ("bbox",))):
-        config = configs.load("shapes", (*scratch.QUICK, f"latents={latents!r}"))
-        state = training.Trainer(config).init()
-        vocabulary = bundle.make_vocabulary(config)
-        params = jax.device_get({**state.params, **state.frozen})
-        found[model] = bundle.save(
-            place / model, bundle.Bundle(config, params, vocabulary, "untrained")
-        )
-    return found
+def test_shipped_weights_open_and_are_small():
+    found = {model: bundle.load(shapes.shipped(model)) for model in shapes.MODELS}
+    assert tuple(found["kaleido"].config.latents) == ("bbox",)
+    assert tuple(found["baseline"].config.latents) == ()
+    files = [p for model in shapes.MODELS for p in shapes.shipped(model).iterdir()]
+    assert sum(p.stat().st_size for p in files) < 12e6
+    with pytest.raises(UserError, match="no weights"):
+        shapes.shipped("other")
+
+
+def test_models_with_other_sampling_are_not_compared(tmp_path):
+    folders = {model: shapes.shipped(model) for model in shapes.MODELS}
+    changed = bundle.load(folders["baseline"])
+    with changed.config.unlocked():
+        changed.config.sample.steps = 7
+    folders["baseline"] = bundle.save(tmp_path / "other", changed)
+    with pytest.raises(UserError, match="defaults of sampling"):
+        shapes.open_models(folders)
 
 
 def test_compiled_programs_are_kept_only_meanwhile(tmp_path):
@@ -493,23 +365,55 @@ def test_compiled_programs_are_kept_only_meanwhile(tmp_path):
     assert jax.config.jax_compilation_cache_dir == before
 
 
-def test_quick_demo_from_end_to_end(tmp_path, tiny_models):
-    lines: list[str] = []
-    out = tmp_path / "demo"
-    index = demo.run(out, quick=True, seed=3, say=lines.append, models=tiny_models)
-    assert index == out / "index.html"
+def holds_together(out: pathlib.Path, lines: list[str], quick: bool) -> dict:
+    """Checks a finished folder and what was said; returns its results."""
     results = json.loads((out / "results.json").read_text())
     found = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert found == {*results["files"], "results.json"}
-    assert [p.name for p in tmp_path.iterdir()] == ["demo"]
-
-    source = Page(index.read_text())
-    for reference in source.references:
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+    for reference in Page((out / "index.html").read_text()).references:
         assert (out / reference).is_file(), reference
-    assert results["quick"] and results["seed"] == 3
     assert set(results["seconds"]) == {"toy", "shapes", "scratch", "page", "all"}
+    assert results["quick"] == quick
+    judged = [line for line in lines if line.startswith(("PASS", "FAIL"))]
+    assert len(judged) == (0 if quick else len(results["checks"]))
+    assert any("left" in line for line in lines)
+    assert str(out / "index.html") in lines[-1]
+    folder.check(out)  # may be replaced by the next
+    return results
+
+
+def test_the_parts_become_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "run", lambda folder, *_: (folder.mkdir(parents=True), made_toy())[1])
+    monkeypatch.setattr(shapes, "open_models", lambda folders: None)
+    monkeypatch.setattr(shapes, "run", lambda *_: made_shapes())
+    monkeypatch.setattr(scratch, "run", lambda *_: made_scratch(same=False))
+    lines: list[str] = []
+    demo.run(tmp_path / "demo", say=lines.append)
+    results = holds_together(tmp_path / "demo", lines, quick=False)
+    assert [c["passed"] for c in results["checks"]] == [True] * 5 + [False] * 2
+    assert sum(line.startswith("FAIL") for line in lines) == 2
+    # A second one takes its place.
+    lines.clear()
+    demo.run(tmp_path / "demo", say=lines.append, seed=4)
+    assert holds_together(tmp_path / "demo", lines, quick=False)["seed"] == 4
+
+
+def test_a_demo_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "open_models", lambda folders: None)
+    monkeypatch.setattr(toy, "run", lambda folder, *_: folder.mkdir(parents=True))
+    monkeypatch.setattr(toy_figure, "write", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        demo.run(tmp_path / "demo", say=lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_quick_demo_from_end_to_end(tmp_path):
+    lines: list[str] = []
+    out = tmp_path / "demo"
+    assert demo.run(out, quick=True, seed=3, say=lines.append) == out / "index.html"
+    results = holds_together(out, lines, quick=True)
+    assert results["seed"] == 3
     assert results["scratch"]["resumed"] == results["scratch"]["losses"][scratch.QUICK_STOP :]
     assert len(results["shapes"]["table"]) == len(coverage.FACTORS) * len(shapes.WEIGHTS)
-    assert any("left" in line for line in lines)
-    assert not any(line.startswith(("PASS", "FAIL")) for line in lines)
-    folder.check(out)  # may be replaced by the next
