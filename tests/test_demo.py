@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from kaleido_jax import bundle, demo
-from kaleido_jax.data import shapes_modes
+from kaleido_jax.data import ShapesSource, shapes_modes
 from kaleido_jax.data import toy as toy_data
 from kaleido_jax.demo import (
+    control,
     coverage,
     folder,
     markup,
@@ -225,6 +226,22 @@ def test_guided_joint_agrees_with_its_marginals():
         shapes_modes.guided_joint(caption, ("shade", "layout"), 4.0)
 
 
+def test_true_pictures_follow_their_latents_and_swapped_ones_do_not():
+    source = ShapesSource(size=32, num_objects=(2, 2), semi_axis=(130, 190))
+    examples = [source[i] for i in range(40)]
+    documents = [LatentDocument(e["caption"], {"bbox": e["latents"]["bbox"]}) for e in examples]
+    images = np.stack([e["image"] for e in examples])
+    true = control.followed(images, documents)
+    assert all(true[name] > 0.95 for name in ("background", "layout", "shade", "shape"))
+    assert true["box IoU"] > 0.8
+    swapped = control.followed(np.roll(images, 1, axis=0), documents)
+    assert all(swapped[name] < 0.5 for name in control.CHANCE)
+    other = [LatentDocument("x", {"bbox": "a dog (1, 2, 30, 40)"}), LatentDocument("x", {})]
+    nothing = control.followed(images[:2], other)
+    assert nothing.pop("box IoU") == 0.0
+    assert all(np.isnan(value) for value in nothing.values())
+
+
 # ---- pictures and page ----------------------------------------------------------------------
 
 
@@ -251,6 +268,7 @@ def results_of(points, pictures, short, quick=False) -> tuple[dict, list[Check]]
             "factors": list(coverage.FACTORS),
             "table": coverage_rows,
             "readable": shapes.readable(pictures),
+            "followed": shapes.followed(pictures),
             "panel_weight": 4.0,
         },
         "scratch": {"steps": short.steps, "stop": short.stop},

@@ -7,6 +7,7 @@ from typing import Any
 
 from kaleido_jax.demo import markup
 from kaleido_jax.demo.checks import Check
+from kaleido_jax.demo.control import CHANCE
 
 NAMES = {"baseline": "baseline", "kaleido": "Kaleido"}
 
@@ -133,6 +134,12 @@ def _shapes(shapes: dict[str, Any], panels: Sequence[dict]) -> list[str]:
                 for item in panels
             ]
         ),
+        markup.table(
+            "How far Kaleido's pictures show what it wrote, as read by a detector: shares, and the "
+            "overlap of boxes. What blind guessing reaches stands beside.",
+            ["", "", *(f"guidance {w:g}" for w in weights)],
+            [("as written", _followed(shapes["followed"]))],
+        ),
         markup.heading("How many modes are left", 3),
         markup.paragraph(
             "The effective number of modes is exp(entropy): 4 equally likely layouts count 4, one "
@@ -179,6 +186,13 @@ def _factor(table: Sequence[dict], name: str) -> tuple[str, list]:
         ("baseline", measured("baseline"), False),
         ("Kaleido", measured("kaleido"), False),
         ("Kaleido / baseline", [f"{row['ratio']:.2f}" for row in rows], True),
+    ]
+
+
+def _followed(rows: Sequence[dict]) -> list:
+    return [
+        (f"{name} (blind: {chance:.2f})", [f"{row[name]:.2f}" for row in rows], False)
+        for name, chance in CHANCE.items()
     ]
 
 

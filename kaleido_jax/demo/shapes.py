@@ -15,7 +15,7 @@ from jaxtyping import UInt8
 from kaleido_jax import generate
 from kaleido_jax.data import shapes_detector, shapes_text
 from kaleido_jax.data.shapes import THEMES
-from kaleido_jax.demo import coverage
+from kaleido_jax.demo import control, coverage
 from kaleido_jax.demo.checks import Check
 from kaleido_jax.errors import UserError
 from kaleido_jax.latents import LatentDocument
@@ -188,6 +188,14 @@ def readable(result: Shapes) -> list[dict[str, Any]]:
         }
         for model, by_weight in result.drawn.items()
         for weight, drawn in by_weight.items()
+    ]
+
+
+def followed(result: Shapes) -> list[dict[str, Any]]:
+    """How well Kaleido's pictures follow its latents (control.followed), by guidance weight."""
+    return [
+        {"guidance": weight} | control.followed(drawn.images, drawn.documents)
+        for weight, drawn in result.drawn["kaleido"].items()
     ]
 
 

@@ -120,6 +120,7 @@ def _tell(
             "factors": list(dict.fromkeys(row["factor"] for row in coverage)),
             "table": coverage,
             "readable": shapes.readable(pictures),
+            "followed": shapes.followed(pictures),
             "panel_weight": shapes_figure.PANEL_WEIGHT,
         },
         "scratch": {
