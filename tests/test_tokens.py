@@ -38,7 +38,7 @@ def test_sizes_of_the_shipped_vocabulary():
 
 
 def test_the_shipped_model_is_what_the_script_makes(tmp_path):
-    # In a process of its own: SentencePiece's trainer crashes where TensorFlow is loaded.
+    # In a process of its own: the trainer aborts the whole process where it fails.
     script = [sys.executable, "-m", train_vocabulary.__name__, str(tmp_path / "made.model")]
     subprocess.run(script, check=True, capture_output=True)
     made = Vocabulary.from_file(tmp_path / "made.model")

@@ -58,9 +58,15 @@ def sentences() -> Iterator[str]:
 
 def train() -> bytes:
     """The model's bytes."""
+    text = list(sentences())
+    # Characters that no sentence uses get a piece by one more sentence: some versions of the
+    # trainer abort on `required_chars` that are not in the text. The comma is among them
+    # because the text has it only in the token ", ".
+    ascii_characters = {chr(code) for code in range(33, 127)}
+    text.append("".join(sorted(ascii_characters - set("".join(text)) | {","})))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences(),
+        sentence_iterator=iter(text),
         model_writer=model,
         model_type="bpe",
         vocab_size=NUM_PIECES,
@@ -69,7 +75,6 @@ def train() -> bytes:
         unk_id=2,
         bos_id=-1,
         character_coverage=1.0,
-        required_chars="".join(map(chr, range(33, 127))),
         split_digits=True,
         # A comma and the blank after it are one token: boxes are four numbers long.
         user_defined_symbols=[",\u2581"],
