@@ -44,6 +44,7 @@ DATA = [
     "tensorboard>=2.20",
     "grain>=0.2.18",
     "array-record>=0.8.3",
+    "pyarrow<26",  # sidecars of latents
     "protobuf<7",
 ]
 

@@ -19,7 +19,7 @@ MAX_LINES = 450
 # Names are matched by their first parts, so `latents` covers `latents.bbox`.
 GROUPS = {
     0: {
-        "vocabulary": "errors types rng schedule diffusion mesh config prompts latents",
+        "vocabulary": "errors types rng schedule diffusion mesh config prompts latents sidecars",
     },
     1: {
         "tokens": "tokens",
@@ -37,7 +37,7 @@ GROUPS = {
         "evaluation": "evaluate metrics figures bench",
     },
     4: {
-        "command line": "cli cli_arguments cli_doctor cli_train",
+        "command line": "cli cli_arguments cli_doctor cli_train cli_annotate cli_build cli_tasks",
         "page": "ui",
         "demo": "demo",
     },
@@ -56,6 +56,8 @@ ALLOWED = {
     ("checkpoint", "tokens"),  # a checkpoint carries its vocabulary
     ("bundle", "tokens"),
     ("data", "tokens"),  # a batch holds tokens
+    ("annotate", "data"),  # it reads the same shards and crops as training does
+    ("annotate", "models.voken_tokenizer"),
     ("cli", "demo"),  # a verb starts the demo and the page, lazily
     ("cli", "ui"),
 }
