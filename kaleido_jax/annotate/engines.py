@@ -1,0 +1,100 @@
+"""Engines by string: `oracle`, `hf:MODEL@REVISION`, `patch:default`, ..."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import importlib.resources
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kaleido_jax.annotate.protocols import STAGES, Engine
+from kaleido_jax.annotate.synthetic import OracleEngine
+from kaleido_jax.annotate.visual_tokens import VokenEngine
+from kaleido_jax.errors import UserError
+from kaleido_jax.models.voken_tokenizer import PatchTokenizer
+
+
+def make_engine(stage: str, spec: str, options: Mapping[str, Any] | None = None) -> Engine:
+    """The engine that a string names, for one stage.
+
+    Args:
+      stage: text, bbox, blob or voken.
+      spec: `NAME` or `NAME:ARGUMENT`, the names being those of ENGINES.
+      options: settings of the engine, such as `batch_size`; each engine knows its own.
+
+    Raises:
+      UserError: an unknown stage, engine or option, an engine that cannot do the stage, a file
+        that is missing.
+    """
+    if stage not in STAGES:
+        raise UserError(f"no annotation stage {stage!r}; there are {', '.join(STAGES)}")
+    name, _, argument = spec.partition(":")
+    if name not in ENGINES:
+        near = difflib.get_close_matches(name, ENGINES, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(ENGINES)}"
+        raise UserError(f"no engine {name!r} in '{spec}'; {hint}")
+    if stage not in ENGINES[name]:
+        can = [engine for engine, makers in ENGINES.items() if stage in makers]
+        raise UserError(f"engine '{spec}' cannot do {stage}; {', '.join(can)} can")
+    make = ENGINES[name][stage]
+    options = dict(options or {})
+    known = list(inspect.signature(make).parameters)[2:]
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise UserError(f"engine '{spec}' has no option {option!r}; {hint}")
+    return make(stage, argument, **options)
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex digest of a file. Raises UserError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _oracle(
+    stage: str,
+    argument: str,
+    max_objects: int = 6,
+    num_objects: tuple[int, int] = (1, 3),
+    semi_axis: tuple[int, int] = (110, 230),
+) -> Engine:
+    if argument:
+        raise UserError(f"engine 'oracle' takes no argument, not {argument!r}")
+    return OracleEngine(stage, max_objects, tuple(num_objects), tuple(semi_axis))
+
+
+def _patch(stage: str, argument: str, batch_size: int = 64) -> Engine:
+    if not argument:
+        raise UserError("engine 'patch' needs a codebook: patch:default or patch:FILE.npz")
+    if argument == "default":
+        load = PatchTokenizer.default
+        asset = importlib.resources.files("kaleido_jax") / "assets" / "shapes_vokens.npz"
+        digest = hashlib.sha256(asset.read_bytes()).hexdigest()
+    else:
+        load = functools.partial(PatchTokenizer.load, argument)
+        digest = file_sha256(argument)
+    provenance = {
+        "engine": "patch",
+        "model": "default" if argument == "default" else Path(argument).name,
+        "sha256": digest,
+        "parameters": {"num_codes": load().num_codes},
+    }
+    return VokenEngine(load, provenance, batch_size)
+
+
+Maker = Callable[..., Engine]
+
+# Name -> stage -> maker(stage, argument, **options).
+ENGINES: dict[str, dict[str, Maker]] = {
+    "oracle": {"text": _oracle, "bbox": _oracle, "blob": _oracle},
+    "patch": {"voken": _patch},
+}
