@@ -1,7 +1,7 @@
 """Sidecars: what annotation says of each example, one Parquet file per stage and input shard.
 
     OUT/manifest.json                       what made each stage, its shards and its counts
-    OUT/STAGE/SHARD.HASH8.parquet           columns key, latent, status, issues; rows as in the shard
+    OUT/STAGE/SHARD.HASH8.parquet           columns key, latent, status, issues; in shard order
     OUT/STAGE/SHARD.HASH8.done.json         written last: counts and the Parquet file's SHA-256
     OUT/STAGE/SHARD.HASH8.dead.jsonl        dead letters, if there are any
 
@@ -224,7 +224,7 @@ def stage_names(folder: str | os.PathLike) -> list[str]:
 
 
 def shard_names(folder: str | os.PathLike, stage: str) -> list[str]:
-    """The shards of a stage, in order. Raises UserError as `read_manifest`, or for no such stage."""
+    """The shards of a stage, in order. Raises UserError as `iterate_stage`."""
     return list(_stage(folder, stage)["shards"])
 
 
@@ -295,6 +295,9 @@ def _check(stage: str, rows: Sequence[Row]) -> None:
 def _path(
     folder: str | os.PathLike, stage: str, shard: str, config_hash: str, ending: str
 ) -> pathlib.Path:
+    for name in (stage, shard, config_hash):
+        if not name or {"/", "\\"} & set(name) or name.startswith("."):
+            raise UserError(f"{name!r} cannot be part of a sidecar's name")
     return pathlib.Path(folder) / stage / f"{shard}.{config_hash[:8]}.{ending}"
 
 
