@@ -8,10 +8,12 @@ stored picture, x first, become `bbox`, `blob` and `text` in the frame of the tr
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -89,14 +91,40 @@ class WebDatasetSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One example. Raises RecordError for a record that cannot be used."""
         record = self._records[index]
-        try:
-            return self._read(record)
-        except (ImageError, oracle.AnnotationError, OSError, UnicodeDecodeError) as error:
-            raise RecordError(f"{record.shard}: {record.key}", str(error)) from error
+        with _naming(record):
+            stored = self._stored(record)
+            image, frame, size = training_picture(stored["image"], self.size)
+            objects = oracle.read_objects(stored["metadata"], frame, size)[: self.max_objects]
+            latents = {
+                name: self._tokenizer.encode_string(image)
+                if name == "voken"
+                else oracle.WRITERS[name](objects)
+                for name in self.latents
+            }
+            return {
+                "key": stored["key"],
+                "image": image,
+                "caption": stored["caption"],
+                "latents": latents,
+            }
 
-    def _read(self, record: _Record) -> dict[str, Any]:
+    def key(self, index: int) -> str:
+        """The key of an example, from the index alone."""
+        return self._key(self._records[index])
+
+    def encoded(self, index: int) -> dict[str, Any]:
+        """An example as it is stored: {key, image: bytes, caption, metadata: the JSON object}.
+
+        Raises:
+          RecordError: a record whose members or texts cannot be read; the picture is not decoded.
+        """
+        record = self._records[index]
+        with _naming(record):
+            return self._stored(record)
+
+    def _stored(self, record: _Record) -> dict[str, Any]:
         extension = next(name for name in _IMAGES if name in record.members)
-        image, frame, stored = training_picture(self._member(record, extension), self.size)
+        image = self._member(record, extension)
         metadata = oracle.read_metadata(
             self._member(record, "json") if "json" in record.members else b"{}"
         )
@@ -104,19 +132,15 @@ class WebDatasetSource:
             caption = self._member(record, "txt").decode("utf-8").strip()
         else:
             caption = oracle.caption(metadata)
-        objects = oracle.read_objects(metadata, frame, stored)[: self.max_objects]
-        latents = {
-            name: self._tokenizer.encode_string(image)
-            if name == "voken"
-            else oracle.WRITERS[name](objects)
-            for name in self.latents
-        }
         return {
-            "key": f"{record.shard.stem}/{record.key}",
+            "key": self._key(record),
             "image": image,
             "caption": caption,
-            "latents": latents,
+            "metadata": metadata,
         }
+
+    def _key(self, record: _Record) -> str:
+        return f"{record.shard.stem}/{record.key}"
 
     def _member(self, record: _Record, extension: str) -> bytes:
         offset, size = record.members[extension]
@@ -167,6 +191,15 @@ class WebDatasetSource:
     def _leave_out(self, place: str, reason: str) -> None:
         self.bad[place] = reason
         _LOG.warning("left out %s: %s", place, reason)
+
+
+@contextlib.contextmanager
+def _naming(record: _Record) -> Iterator[None]:
+    """Errors of a record become RecordErrors that name it."""
+    try:
+        yield
+    except (ImageError, oracle.AnnotationError, OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"{record.shard}: {record.key}", str(error)) from error
 
 
 def _shards(path: str) -> list[Path]:
