@@ -9,6 +9,7 @@ stored picture, x first, become `bbox`, `blob` and `text` in the frame of the tr
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import os
 import re
@@ -83,7 +84,7 @@ class WebDatasetSource:
         self.size, self.latents, self.max_objects = size, tuple(latents), max_objects
         self.bad: dict[str, str] = {}
         self._records: list[_Record] = []
-        self._index(_shards(path), max_bad_fraction)
+        self._index(list_shards(path), max_bad_fraction)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -202,8 +203,15 @@ def _naming(record: _Record) -> Iterator[None]:
         raise RecordError(f"{record.shard}: {record.key}", str(error)) from error
 
 
-def _shards(path: str) -> list[Path]:
-    """The shards that a path names, in order, whether they exist or not."""
+def list_shards(path: str) -> list[Path]:
+    """The shards that a path names, in order; those of a range whether they exist or not.
+
+    Args:
+      path: as WebDatasetSource's; also a pattern such as `data/*.tar`.
+
+    Raises:
+      UserError: nothing of that name, an empty folder or pattern, a range that is none.
+    """
     if not path:
         raise UserError("config key 'data.source.path' is empty; it must name a folder of shards")
     shards: list[Path] = []
@@ -217,6 +225,11 @@ def _shards(path: str) -> list[Path]:
                 Path(part[: match.start()] + str(n).zfill(len(first)) + part[match.end() :])
                 for n in range(int(first), int(last) + 1)
             ]
+        elif glob.has_magic(part):
+            found = sorted(Path(name) for name in glob.glob(part))
+            if not found:
+                raise UserError(f"no shard matches {part}")
+            shards += found
         elif Path(part).is_dir():
             found = sorted(Path(part).glob("*.tar"))
             if not found:
