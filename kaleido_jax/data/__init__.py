@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kaleido_jax.data.loader import Loader
+from kaleido_jax.data.record_source import RecordSource
 from kaleido_jax.data.sources import RecordError, ShapesSource, Source
 from kaleido_jax.data.toy import ToySource
 from kaleido_jax.data.webdataset import WebDatasetSource
@@ -16,6 +17,7 @@ from kaleido_jax.errors import UserError
 __all__ = [
     "Loader",
     "RecordError",
+    "RecordSource",
     "ShapesSource",
     "Source",
     "ToySource",
@@ -23,13 +25,18 @@ __all__ = [
     "make_source",
 ]
 
-SOURCES = {"shapes": ShapesSource, "toy": ToySource, "webdataset": WebDatasetSource}
+SOURCES = {
+    "records": RecordSource,
+    "shapes": ShapesSource,
+    "toy": ToySource,
+    "webdataset": WebDatasetSource,
+}
 
 
 def make_source(
     config: Mapping[str, Any], image_size: int | None = None, latents: Sequence[str] = ()
 ) -> Source:
-    """The source that a config names: {"name": "shapes" | "toy" | "webdataset", its settings}.
+    """The source that a config names: {"name": one of SOURCES, its settings}.
 
     Settings are the arguments of the source's class. `image_size` and `latents` (those that z
     needs) serve as `size` and `latents` where the config does not say.
