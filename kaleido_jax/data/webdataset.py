@@ -40,6 +40,10 @@ class _Record:
     members: dict[str, tuple[int, int]] = field(default_factory=dict)  # extension: offset, size
 
 
+class NoRecordsError(UserError):
+    """The shards hold no record that can be used."""
+
+
 class WebDatasetSource:
     """Shards as a Source; the record's key is `SHARD/KEY`.
 
@@ -176,7 +180,7 @@ class WebDatasetSource:
                 self._leave_out(str(shard), reason)
         if not self._records:
             first = next(iter(self.bad.items()), None)
-            raise UserError(
+            raise NoRecordsError(
                 "no whole record in the shards" + (f"; {first[0]}: {first[1]}" if first else "")
             )
         # What a broken shard would have held is judged by the whole ones.
@@ -225,11 +229,6 @@ def list_shards(path: str) -> list[Path]:
                 Path(part[: match.start()] + str(n).zfill(len(first)) + part[match.end() :])
                 for n in range(int(first), int(last) + 1)
             ]
-        elif glob.has_magic(part):
-            found = sorted(Path(name) for name in glob.glob(part))
-            if not found:
-                raise UserError(f"no shard matches {part}")
-            shards += found
         elif Path(part).is_dir():
             found = sorted(Path(part).glob("*.tar"))
             if not found:
@@ -237,6 +236,11 @@ def list_shards(path: str) -> list[Path]:
             shards += found
         elif Path(part).is_file():
             shards.append(Path(part))
+        elif glob.has_magic(part):
+            found = sorted(Path(name) for name in glob.glob(part))
+            if not found:
+                raise UserError(f"no shard matches {part}")
+            shards += found
         else:
             raise UserError(f"no such folder or shard: {part}")
     return shards
