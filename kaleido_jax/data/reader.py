@@ -1,0 +1,160 @@
+"""From a number in a source to what a batch holds; bad records are counted and replaced."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, Shaped
+
+from kaleido_jax import tokens
+from kaleido_jax.data.sources import RecordError, Source
+from kaleido_jax.data.streams import Stream
+from kaleido_jax.errors import UserError
+from kaleido_jax.latents.errors import LatentError
+
+_LOG = logging.getLogger(__name__)
+_LEAST_READS = 100  # fewer reads say little about the share of bad records
+_STAND_INS = 50
+
+
+def key_hash(key: str) -> int:
+    """32 bits of a record's key, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little")
+
+
+class Row(NamedTuple):
+    """One example of a batch.
+
+    Attributes:
+      caption: ids, EOS included, 0 = padding.
+      latents: ids likewise; empty without latents.
+      image: uint8 pixels, or floating point values of a toy.
+      hash: `key_hash` of the record's key.
+    """
+
+    caption: Int32[np.ndarray, " lc"]
+    latents: Int32[np.ndarray, " lz"]
+    image: Shaped[np.ndarray, "h w c"]
+    hash: int
+
+
+class Encoder:
+    """Examples to rows: captions and latents as ids of fixed length.
+
+    Args:
+      vocabulary: makes the ids.
+      latents: names of the latents in z, in order; () is the baseline without z.
+      caption_length, latent_length: tokens with EOS; longer ones are cut.
+      image_size: side of the pictures (floating point toys pass as they are).
+
+    Raises:
+      UserError: a length under 1, or a latent without a section token.
+    """
+
+    def __init__(
+        self,
+        vocabulary: tokens.Vocabulary,
+        latents: Sequence[str],
+        caption_length: int,
+        latent_length: int,
+        image_size: int,
+    ):
+        if caption_length < 1 or (latents and latent_length < 1):
+            raise UserError("caption and latent lengths must be at least 1 (the end token)")
+        for name in latents:
+            vocabulary.section_id(name)
+        self.vocabulary, self.latents = vocabulary, tuple(latents)
+        self.caption_length = caption_length
+        self.latent_length = latent_length if latents else 0
+        self.image_size = image_size
+
+    def __call__(self, example: Mapping[str, Any]) -> Row:
+        """The row of an example {key, image, caption, latents}.
+
+        Raises:
+          UserError: a picture of another size, or vokens beyond the vocabulary.
+          LatentError: a latent that cannot be encoded.
+        """
+        image = np.asarray(example["image"])
+        if image.dtype == np.uint8 and image.shape[:2] != (self.image_size, self.image_size):
+            raise UserError(
+                f"record {example['key']}: the picture is {image.shape[0]} x {image.shape[1]}, the "
+                f"config's data.image_size is {self.image_size}"
+            )
+        caption = self.vocabulary.encode_caption(example["caption"], self.caption_length)
+        latents: list[int] = []
+        if self.latents:
+            latents = self.vocabulary.encode_latents(
+                example["latents"], self.latents, self.latent_length
+            )
+        return Row(
+            tokens.pad(caption, self.caption_length),
+            tokens.pad(latents, self.latent_length),
+            image,
+            key_hash(example["key"]),
+        )
+
+
+class Reader:
+    """Rows of a source by number.
+
+    Args:
+      source: the examples.
+      encode: makes rows of them.
+      stream: the order; it names the stand-ins of bad records.
+      max_bad_fraction: share of unreadable records above which reading stops.
+
+    Attributes:
+      bad: where -> why, of every record that could not be read.
+    """
+
+    def __init__(self, source: Source, encode: Encoder, stream: Stream, max_bad_fraction: float):
+        self.source, self.encode, self.stream = source, encode, stream
+        self.max_bad_fraction = max_bad_fraction
+        self.bad: dict[str, str] = {}
+        self._reads = self._bad_reads = 0
+        self._lock = threading.Lock()
+
+    def read(self, index: int) -> Row:
+        """Row `index`, or that of the stand-in that its number names.
+
+        Raises:
+          UserError: too many bad records.
+        """
+        row = self.try_read(index)
+        for attempt in range(1, _STAND_INS + 1):
+            if row is not None:
+                return row
+            row = self.try_read(self.stream.stand_in(index, attempt), counted=False)
+        raise UserError(f"{_STAND_INS} records in a row cannot be read; the last: {self._last()}")
+
+    def try_read(self, index: int, counted: bool = True) -> Row | None:
+        """Row `index`, or None for a bad record; stand-ins do not count for the share."""
+        try:
+            row, error = self.encode(self.source[index]), None
+        except (RecordError, LatentError) as caught:
+            row, error = None, caught
+        with self._lock:
+            self._reads += counted
+            if error is None:
+                return row
+            self._bad_reads += counted
+            where = getattr(error, "where", None) or f"example {index}"
+            if where not in self.bad:
+                self.bad[where] = str(error)
+                _LOG.warning("skipped %s: %s", where, error)
+            if self._bad_reads > self.max_bad_fraction * max(self._reads, _LEAST_READS):
+                raise UserError(
+                    f"{self._bad_reads} of {self._reads} records could not be read, more than "
+                    f"the share of {self.max_bad_fraction} allowed; the last: {self._last()}"
+                )
+        return None
+
+    def _last(self) -> str:
+        where, why = next(reversed(self.bad.items()))
+        return f"{where}: {why}"
