@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -17,9 +18,10 @@ from kaleido_jax.types import Params
 from tests.reference_rule import shapes_of, weights_of
 
 Outputs = dict[str, tuple[np.ndarray, np.ndarray]]
+Predict = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
 
 
-def load_network(file: dict[str, np.ndarray]) -> tuple[nn.Module, Params]:
+def load_network(file: Mapping[str, np.ndarray]) -> tuple[nn.Module, Params]:
     """The network of a reference file and its parameters."""
     config = config_from_mdm(json.loads(str(file["config_json"])), shapes_of(file))
     return nested_unet.build(config), from_mdm(weights_of(file), config)
@@ -35,7 +37,7 @@ def nchw(image: jax.Array) -> np.ndarray:
     return np.transpose(np.asarray(image), (0, 3, 1, 2))
 
 
-def numbered(file: dict[str, np.ndarray], prefix: str) -> list[np.ndarray]:
+def numbered(file: Mapping[str, np.ndarray], prefix: str) -> list[np.ndarray]:
     """Arrays `prefix0`, `prefix1`, .. as far as they go."""
     arrays = []
     while f"{prefix}{len(arrays)}" in file:
@@ -47,17 +49,61 @@ def check_network(path: pathlib.Path) -> Outputs:
     """Predictions at every resolution of an `mdm_unet*` or `mdm_nested*` file."""
     with np.load(path) as archive:
         file = dict(archive)
-    model, params = load_network(file)
-    predictions = jax.jit(model.apply)(
-        {"params": params},
-        tuple(nhwc(image) for image in numbered(file, "input/x_t_")),
-        jnp.asarray(file["input/times"], jnp.float32),
-        file["input/conditioning"],
-        file["input/mask"].astype(bool),
-    )
     wanted = numbered(file, "output/pred_")
-    pairs = zip(predictions, wanted, strict=True)
-    return {f"pred_{i}": (nchw(got), want) for i, (got, want) in enumerate(pairs)}
+    pairs = zip(predictor(file)(file), wanted, strict=True)
+    return {f"pred_{i}": (got, want) for i, (got, want) in enumerate(pairs)}
+
+
+def predictor(file: Mapping[str, np.ndarray], fast_variance: bool = False) -> Predict:
+    """The network of a file, jitted: inputs -> predictions, NCHW.
+
+    Args:
+      fast_variance: GroupNorm takes the mean square less the squared mean, in one pass.
+    """
+    model, params = load_network(file)
+
+    def sum_in_one_pass(run, args, kwargs, context):
+        if isinstance(context.module, nn.GroupNorm):
+            object.__setattr__(context.module, "use_fast_variance", fast_variance)
+        return run(*args, **kwargs)
+
+    @jax.jit
+    def apply(pyramid, times, states, mask):
+        with nn.intercept_methods(sum_in_one_pass):
+            return model.apply({"params": params}, pyramid, times, states, mask)
+
+    def predict(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        pyramid = tuple(nhwc(image) for image in numbered(inputs, "input/x_t_"))
+        times = jnp.asarray(inputs["input/times"], jnp.float32)
+        states, mask = inputs["input/conditioning"], inputs["input/mask"].astype(bool)
+        return [nchw(image) for image in apply(pyramid, times, states, mask)]
+
+    return predict
+
+
+def spread(path: pathlib.Path, trials: int = 4) -> dict[str, list[np.ndarray]]:
+    """Other float32 values of each prediction, as good as the one that is compared.
+
+    The variance of GroupNorm is summed in one pass, and each input number is moved to its
+    neighbour in float32. What a network makes of so little is what float32 leaves open.
+    """
+    with np.load(path) as archive:
+        file = dict(archive)
+    predict, found = predictor(file, fast_variance=True), {}
+    for trial in range(trials):
+        draw = np.random.default_rng(trial)
+        moved = {name: to_neighbours(array, draw) for name, array in file.items()}
+        for i, prediction in enumerate(predict(moved)):
+            found.setdefault(f"pred_{i}", []).append(prediction)
+    return found
+
+
+def to_neighbours(array: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """Every float32 number moved to the next one above or below; others as they are."""
+    if array.dtype != np.float32:
+        return array
+    way = np.where(draw.random(array.shape) < 0.5, -np.inf, np.inf).astype(np.float32)
+    return np.nextafter(array, way)
 
 
 check_unet = check_network
