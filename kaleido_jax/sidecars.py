@@ -28,6 +28,7 @@ VERSION = 1
 # What became of an example: its latent as the engine gave it, or mended; nothing to say; output
 # that cannot be used; an error or an unreadable picture. The last three have no latent.
 STATUSES = ("ok", "repaired", "empty", "rejected", "failed")
+_IN_MANIFEST = ("source", "records", "counts", "dead_letters", "sha256")
 MAX_RAW = 2000  # characters of raw output that a dead letter keeps
 
 
@@ -55,9 +56,17 @@ def count(rows: Sequence[Row]) -> dict[str, int]:
     return counts
 
 
-def done_path(folder: str | os.PathLike, stage: str, shard: str, config_hash: str) -> pathlib.Path:
-    """The file whose presence says that a shard of a stage is finished."""
-    return _path(folder, stage, shard, config_hash, "done.json")
+def file_names(stage: str, shard: str, config_hash: str) -> tuple[str, str, str]:
+    """A sidecar's Parquet file, dead letters and `.done.json`, relative to OUT.
+
+    Raises:
+      UserError: a name that would lead out of the folder.
+    """
+    for name in (stage, shard, config_hash):
+        if not name or {"/", "\\"} & set(name) or name.startswith("."):
+            raise UserError(f"{name!r} cannot be part of a sidecar's name")
+    base = f"{stage}/{shard}.{config_hash[:8]}"
+    return f"{base}.parquet", f"{base}.dead.jsonl", f"{base}.done.json"
 
 
 def write_sidecar(
@@ -67,6 +76,7 @@ def write_sidecar(
     config_hash: str,
     rows: Sequence[Row],
     dead_letters: Sequence[Mapping[str, Any]] = (),
+    source: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes a shard's rows, its dead letters and, last, its `.done.json`.
 
@@ -77,9 +87,11 @@ def write_sidecar(
       config_hash: hexadecimal hash of everything that decides the output, at least 8 digits.
       rows: in the order of the shard.
       dead_letters: JSON objects {key, stage, error, raw, attempt}.
+      source: JSON that tells the input shard from another of its name.
 
     Returns:
-      What the `.done.json` holds: stage, shard, config_hash, records, counts, dead_letters, sha256.
+      What the `.done.json` holds: stage, shard, config_hash, source, records, counts,
+      dead_letters, sha256.
 
     Raises:
       UserError: pyarrow is missing, the folder cannot be written.
@@ -103,38 +115,53 @@ def write_sidecar(
         "stage": stage,
         "shard": shard,
         "config_hash": config_hash,
+        "source": dict(source or {}),
         "records": len(rows),
         "counts": count(rows),
         "dead_letters": len(dead_letters),
         "sha256": hashlib.sha256(data).hexdigest(),
     }
-    _write(_path(folder, stage, shard, config_hash, "parquet"), data)
-    dead = _path(folder, stage, shard, config_hash, "dead.jsonl")
+    parquet, dead, finished = _paths(folder, stage, shard, config_hash)
+    _write(parquet, data)
     if dead_letters:
         lines = [json.dumps(dict(letter), ensure_ascii=True) + "\n" for letter in dead_letters]
         _write(dead, "".join(lines).encode())
     else:
         dead.unlink(missing_ok=True)
-    _write(done_path(folder, stage, shard, config_hash), _json(done))
+    _write(finished, _json(done))
     return done
 
 
 def read_done(
-    folder: str | os.PathLike, stage: str, shard: str, config_hash: str
+    folder: str | os.PathLike, stage: str, shard: str, config_hash: str, verify: bool = True
 ) -> dict[str, Any] | None:
-    """What `write_sidecar` returned; None unless the shard is finished and its file is whole."""
+    """What `write_sidecar` returned; None unless the shard is finished and its files are whole.
+
+    Without `verify`, the `.done.json` alone is read.
+    """
+    parquet, _, finished = _paths(folder, stage, shard, config_hash)
     try:
-        done = json.loads(done_path(folder, stage, shard, config_hash).read_bytes())
-        data = _path(folder, stage, shard, config_hash, "parquet").read_bytes()
-        if done["sha256"] != hashlib.sha256(data).hexdigest():
-            return None
+        done = json.loads(finished.read_bytes())
         if (done["stage"], done["shard"], done["config_hash"]) != (stage, shard, config_hash):
             return None
-        dead = _path(folder, stage, shard, config_hash, "dead.jsonl")
-        letters = len(dead.read_bytes().splitlines()) if done["dead_letters"] else 0
-        return done if letters == done["dead_letters"] else None
+        if verify:
+            if done["sha256"] != hashlib.sha256(parquet.read_bytes()).hexdigest():
+                return None
+            if done["dead_letters"] != len(read_dead_letters(folder, stage, shard, config_hash)):
+                return None
+        return done
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def read_dead_letters(
+    folder: str | os.PathLike, stage: str, shard: str, config_hash: str
+) -> list[dict[str, Any]]:
+    """The dead letters of a shard, [] without any. Raises ValueError for a broken file."""
+    _, dead, _ = _paths(folder, stage, shard, config_hash)
+    if not dead.is_file():
+        return []
+    return [json.loads(line) for line in dead.read_bytes().splitlines()]
 
 
 def read_sidecar(folder: str | os.PathLike, stage: str, shard: str, config_hash: str) -> list[Row]:
@@ -144,7 +171,7 @@ def read_sidecar(folder: str | os.PathLike, stage: str, shard: str, config_hash:
       UserError: pyarrow is missing, or the shard is not finished, or its file is damaged.
     """
     pa, pq = _pyarrow()
-    path = _path(folder, stage, shard, config_hash, "parquet")
+    path, _, _ = _paths(folder, stage, shard, config_hash)
     if read_done(folder, stage, shard, config_hash) is None:
         raise UserError(f"{path} is missing or damaged; run `kaleido annotate` again")
     try:
@@ -174,7 +201,7 @@ def write_manifest(folder: str | os.PathLike, stages: Mapping[str, Mapping[str, 
     written, totals = {}, dict.fromkeys(STATUSES, 0)
     for name, stage in stages.items():
         shards = {
-            shard: {key: done[key] for key in ("records", "counts", "dead_letters", "sha256")}
+            shard: {key: done[key] for key in _IN_MANIFEST}
             for shard, done in stage["shards"].items()
         }
         counts = {s: sum(done["counts"][s] for done in shards.values()) for s in STATUSES}
@@ -292,13 +319,10 @@ def _check(stage: str, rows: Sequence[Row]) -> None:
                 raise ValueError(f"{row.key}: {error}") from error
 
 
-def _path(
-    folder: str | os.PathLike, stage: str, shard: str, config_hash: str, ending: str
-) -> pathlib.Path:
-    for name in (stage, shard, config_hash):
-        if not name or {"/", "\\"} & set(name) or name.startswith("."):
-            raise UserError(f"{name!r} cannot be part of a sidecar's name")
-    return pathlib.Path(folder) / stage / f"{shard}.{config_hash[:8]}.{ending}"
+def _paths(
+    folder: str | os.PathLike, stage: str, shard: str, config_hash: str
+) -> list[pathlib.Path]:
+    return [pathlib.Path(folder, name) for name in file_names(stage, shard, config_hash)]
 
 
 def _json(value: Any) -> bytes:
