@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import numpy as np
 import sentencepiece
 
 from kaleido_jax.errors import UserError
-from kaleido_jax.latents import voken
+from kaleido_jax.latents import spelling, voken
 
 PAD, EOS, UNK = 0, 1, 2
 SECTION_SLOTS = 28
@@ -73,6 +74,7 @@ class Vocabulary:
             or p.is_unused(i)
             or _SENTINEL.fullmatch(p.id_to_piece(i))
         )
+        self._known: dict[str, bool] = {" ": True}
 
     @classmethod
     def from_file(cls, path: str | Path, num_vokens: int = 0) -> Vocabulary:
@@ -168,12 +170,14 @@ class Vocabulary:
 
         One name: its tokens alone. Several: in the order of `names`, each opened by its section
         token; empty ones are left out. What is too long is cut, text first (at a word's end), then
-        boxes and blobs (after a whole segment); vokens go whole or not at all.
+        boxes and blobs (after a whole segment); vokens go whole or not at all. Characters without
+        a piece are spelled plainly or left out (latents/spelling.py): UNK never occurs.
 
         Raises:
           UserError: an unknown name, or vokens that this vocabulary does not have.
-          LatentError: vokens that are not 32 ids.
+          LatentError: vokens that are not 32 ids, or unknown characters in an invalid string.
         """
+        values = {name: self.spell(name, values[name]) for name in names if values.get(name)}
         parts = {name: self._encode_one(name, values[name]) for name in names if values.get(name)}
         heading = 1 if len(names) > 1 else 0
         for name in names:
@@ -213,9 +217,32 @@ class Vocabulary:
                 found[current].append(i)
         return {name: self.decode(part) for name, part in found.items()}
 
+    def knows(self, character: str) -> bool:
+        """Whether a character has a piece wherever it stands, and stays what it is."""
+        found = self._known.get(character)
+        if found is None:
+            same = unicodedata.normalize("NFKC", character) == character
+            # Without a piece of its own it may still be spelled in bytes.
+            found = same and (
+                self._processor.piece_to_id(character) not in self._reserved
+                or UNK not in self.encode_text(f"{character} {character}{character}")
+            )
+            self._known[character] = found
+        return found
+
+    def spell(self, name: str, value: str) -> str:
+        """A latent's string as this vocabulary can write it; mostly the string itself.
+
+        Raises:
+          LatentError: unknown characters in a string that is not valid.
+        """
+        if name == "voken" or all(map(self.knows, set(value))):
+            return value
+        return spelling.spell(name, value, self.knows)
+
     def _encode_one(self, name: str, value: str) -> list[int]:
         if name != "voken":
-            return self.encode_text(value)
+            return [i for i in self.encode_text(value) if i != UNK]
         codes = voken.parse(value)
         if max(codes) >= self.num_vokens:
             raise UserError(
@@ -230,7 +257,7 @@ class Vocabulary:
         ends = _WORD_ENDS if name == "text" else _SEGMENT_ENDS
         value = value[: limit * _CHARACTERS_PER_TOKEN]
         stops = [match.end(1) for match in ends.finditer(value) if match[1]]
-        return _longest(lambda k: self.encode_text(value[: stops[k]]), len(stops), limit)
+        return _longest(lambda k: self._encode_one(name, value[: stops[k]]), len(stops), limit)
 
 
 _CUT_ORDER = ("text", "bbox", "blob", "voken")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
 import string
 import subprocess
 import sys
@@ -18,10 +17,10 @@ from kaleido_jax.errors import UserError
 from kaleido_jax.latents import bbox
 from kaleido_jax.latents.errors import LatentError
 from kaleido_jax.tokens import EOS, PAD, UNK, Vocabulary
+from tests import t5_pieces
 
 VOCABULARY = Vocabulary.default()
 VOKENS = "".join(f"#{i * 31}" for i in range(32))
-T5_TABLE = pathlib.Path(__file__).parents[2] / "shared" / "data" / "t5_vocab.tsv"
 
 
 def test_sizes_of_the_shipped_vocabulary():
@@ -180,30 +179,9 @@ def test_a_saved_vocabulary_is_the_same(tmp_path):
     assert loaded.fingerprint != Vocabulary.default(999).fingerprint
 
 
-def _t5_model() -> bytes:
-    """A SentencePiece model of T5's pieces and scores, as its own file has them."""
-    from sentencepiece import sentencepiece_model_pb2 as pb
-
-    model = pb.ModelProto()
-    model.ParseFromString(VOCABULARY.model)
-    del model.pieces[:]
-    model.trainer_spec.Clear()
-    model.trainer_spec.model_type = pb.TrainerSpec.UNIGRAM
-    model.trainer_spec.pad_id, model.trainer_spec.eos_id = 0, 1
-    model.trainer_spec.unk_id, model.trainer_spec.bos_id = 2, -1
-    rows = T5_TABLE.read_text(encoding="utf-8").splitlines()
-    for number, row in enumerate(rows[: tokens.T5_PIECES]):
-        piece, score = row.split("\t")
-        kind = {0: "CONTROL", 1: "CONTROL", 2: "UNKNOWN"}.get(number, "NORMAL")
-        kind = getattr(pb.ModelProto.SentencePiece, kind)
-        model.pieces.add(piece=piece, score=float(score), type=kind)
-    return model.SerializeToString()
-
-
-@pytest.mark.skipif(not T5_TABLE.exists(), reason="T5's table of pieces is not beside the project")
+@t5_pieces.needs_table
 def test_t5_sizes_and_budgets():
-    pytest.importorskip("google.protobuf")
-    t5 = Vocabulary(_t5_model(), 8192)
+    t5 = t5_pieces.vocabulary()
     assert (t5.num_pieces, t5.section_offset, t5.voken_offset) == (32100, 32100, 32128)
     assert t5.size == 40320
     assert len(t5.encode_latents({"voken": VOKENS}, ("voken",), 64)) == 33

@@ -103,7 +103,7 @@ class Loader:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Batches that one pass over the source fills; of a mixture, until its first source ends."""
+        """Batches that one pass fills; of a mixture, until the first of its sources ends."""
         return self.stream.length(1) / self.batch_size
 
     def indices(self, step: int) -> Int64[np.ndarray, " rows"]:
