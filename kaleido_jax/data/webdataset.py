@@ -1,7 +1,7 @@
 """Webdataset shards (.tar of KEY.jpg, KEY.txt, KEY.json) with random access.
 
-The shards' headers are read once; afterwards a record costs one read per member at its offset.
-Only regular files are ever read: a shard with links or names that lead out of it is refused.
+The shards' headers are read once (shard_index.py); afterwards a record costs one read per member
+at its offset.
 `oracle` latents come from the JSON: `objects: [{label, bbox_xyxy, polygon}]` in thousandths of the
 stored picture, x first, become `bbox`, `blob` and `text` in the frame of the training crop.
 """
@@ -9,35 +9,20 @@ stored picture, x first, become `bbox`, `blob` and `text` in the frame of the tr
 from __future__ import annotations
 
 import contextlib
-import glob
 import logging
 import os
-import re
-import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from kaleido_jax.data import oracle
+from kaleido_jax.data.shard_index import IMAGES, ShardRecord, index_shard, list_shards
 from kaleido_jax.data.sources import RecordError
 from kaleido_jax.data.transforms import ImageError, training_picture
 from kaleido_jax.errors import UserError
 from kaleido_jax.models.voken_tokenizer import PatchTokenizer
 
 _LOG = logging.getLogger(__name__)
-_IMAGES = ("jpg", "jpeg", "png", "webp")
-_TEXTS = ("txt", "json")
-MAX_IMAGE_BYTES = 64 * 2**20
-MAX_TEXT_BYTES = 8 * 2**20
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-
-
-@dataclass
-class _Record:
-    shard: Path
-    key: str
-    members: dict[str, tuple[int, int]] = field(default_factory=dict)  # extension: offset, size
 
 
 class NoRecordsError(UserError):
@@ -87,7 +72,7 @@ class WebDatasetSource:
             raise UserError("webdataset: size and max_objects must be at least 1")
         self.size, self.latents, self.max_objects = size, tuple(latents), max_objects
         self.bad: dict[str, str] = {}
-        self._records: list[_Record] = []
+        self._records: list[ShardRecord] = []
         self._index(list_shards(path), max_bad_fraction)
 
     def __len__(self) -> int:
@@ -127,8 +112,8 @@ class WebDatasetSource:
         with _naming(record):
             return self._stored(record)
 
-    def _stored(self, record: _Record) -> dict[str, Any]:
-        extension = next(name for name in _IMAGES if name in record.members)
+    def _stored(self, record: ShardRecord) -> dict[str, Any]:
+        extension = next(name for name in IMAGES if name in record.members)
         image = self._member(record, extension)
         metadata = oracle.read_metadata(
             self._member(record, "json") if "json" in record.members else b"{}"
@@ -144,10 +129,10 @@ class WebDatasetSource:
             "metadata": metadata,
         }
 
-    def _key(self, record: _Record) -> str:
+    def _key(self, record: ShardRecord) -> str:
         return f"{record.shard.stem}/{record.key}"
 
-    def _member(self, record: _Record, extension: str) -> bytes:
+    def _member(self, record: ShardRecord, extension: str) -> bytes:
         offset, size = record.members[extension]
         with open(record.shard, "rb") as file:
             data = os.pread(file.fileno(), size, offset)
@@ -160,24 +145,12 @@ class WebDatasetSource:
     def _index(self, shards: list[Path], max_bad_fraction: float) -> None:
         counts, broken, lost = [], [], 0
         for shard in shards:
-            try:
-                records, reason = _read_headers(shard)
-            except OSError as error:
-                records, reason = [], error.strerror or str(error)
-            whole = []
-            for record in records:
-                problem = _problem(record)
-                if problem is None:
-                    whole.append(record)
-                else:
-                    lost += 1
-                    self._leave_out(f"{shard}: {record.key}", problem)
-            self._records += whole
-            if reason is None:
-                counts.append(len(whole))
-            else:
-                broken.append(len(whole))
-                self._leave_out(str(shard), reason)
+            index = index_shard(shard)
+            for key, reason in index.lost:
+                lost += bool(key)
+                self._leave_out(f"{shard}: {key}" if key else str(shard), reason)
+            self._records += index.records
+            (counts if index.whole else broken).append(len(index.records))
         if not self._records:
             first = next(iter(self.bad.items()), None)
             raise NoRecordsError(
@@ -199,101 +172,9 @@ class WebDatasetSource:
 
 
 @contextlib.contextmanager
-def _naming(record: _Record) -> Iterator[None]:
+def _naming(record: ShardRecord) -> Iterator[None]:
     """Errors of a record become RecordErrors that name it."""
     try:
         yield
     except (ImageError, oracle.AnnotationError, OSError, UnicodeDecodeError) as error:
         raise RecordError(f"{record.shard}: {record.key}", str(error)) from error
-
-
-def list_shards(path: str) -> list[Path]:
-    """The shards that a path names, in order; those of a range whether they exist or not.
-
-    Args:
-      path: as WebDatasetSource's; also a pattern such as `data/*.tar`.
-
-    Raises:
-      UserError: nothing of that name, an empty folder or pattern, a range that is none.
-    """
-    if not path:
-        raise UserError("config key 'data.source.path' is empty; it must name a folder of shards")
-    shards: list[Path] = []
-    for part in path.split(","):
-        match = _RANGE.search(part)
-        if match:
-            first, last = match[1], match[2]
-            if int(last) < int(first) or int(last) - int(first) > 10**6:
-                raise UserError(f"{part}: the range must rise, by at most a million")
-            shards += [
-                Path(part[: match.start()] + str(n).zfill(len(first)) + part[match.end() :])
-                for n in range(int(first), int(last) + 1)
-            ]
-        elif Path(part).is_dir():
-            found = sorted(Path(part).glob("*.tar"))
-            if not found:
-                raise UserError(f"the folder {part} holds no .tar shards")
-            shards += found
-        elif Path(part).is_file():
-            shards.append(Path(part))
-        elif glob.has_magic(part):
-            found = sorted(Path(name) for name in glob.glob(part))
-            if not found:
-                raise UserError(f"no shard matches {part}")
-            shards += found
-        else:
-            raise UserError(f"no such folder or shard: {part}")
-    return shards
-
-
-def _read_headers(shard: Path) -> tuple[list[_Record], str | None]:
-    """A shard's records in order, and what is wrong with its end, if anything.
-
-    Raises:
-      UserError: links, devices, sparse files or names that lead out of the shard.
-      OSError: the file cannot be read.
-    """
-    records: dict[str, _Record] = {}
-    length = shard.stat().st_size
-    reason, end = None, 0
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                end = member.offset_data + -(-member.size // 512) * 512
-                if member.isdir():
-                    continue
-                name = PurePosixPath(member.name)
-                if not member.isreg() or member.issparse():
-                    raise UserError(f"{shard}: {member.name!r} is not a regular file; refused")
-                if name.is_absolute() or ".." in name.parts:
-                    raise UserError(f"{shard}: {member.name!r} leads out of the shard; refused")
-                stem, _, extension = name.name.partition(".")
-                extension = extension.lower()
-                if extension not in _IMAGES + _TEXTS or not stem:
-                    continue
-                key = str(name.parent / stem)
-                record = records.setdefault(key, _Record(shard, key))
-                record.members[extension] = (member.offset_data, member.size)
-    except (tarfile.TarError, EOFError) as error:
-        reason = f"not a whole tar file: {error}"
-    if reason is None:
-        # tarfile takes a broken header for the end; a whole shard ends with a block of zeros.
-        with open(shard, "rb") as file:
-            mark = os.pread(file.fileno(), 512, end)
-        if mark != bytes(512):
-            reason = f"truncated or broken after {end} of {length} bytes"
-    return list(records.values()), reason
-
-
-def _problem(record: _Record) -> str | None:
-    """Why a record cannot be used, as far as its headers tell."""
-    length = record.shard.stat().st_size
-    if not any(name in record.members for name in _IMAGES):
-        return f"no picture ({', '.join('.' + name for name in _IMAGES)})"
-    for extension, (offset, size) in record.members.items():
-        limit = MAX_TEXT_BYTES if extension in _TEXTS else MAX_IMAGE_BYTES
-        if size > limit:
-            return f".{extension} has {size} bytes, more than {limit}"
-        if offset + size > length:
-            return f"the shard ends within .{extension}"
-    return None
