@@ -1,0 +1,170 @@
+"""What is annotated: shards of webdataset or of a TFDS split, each read alone and in order."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kaleido_jax.annotate import storage
+from kaleido_jax.annotate.protocols import Example
+from kaleido_jax.data.tfds_shards import TfdsSplit
+from kaleido_jax.data.transforms import Frame, decode_image, orient, square_picture
+from kaleido_jax.data.webdataset import NoRecordsError, WebDatasetSource, list_shards
+from kaleido_jax.errors import UserError
+
+_TFDS = "tfds:"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One unit of work.
+
+    Attributes:
+      name: unique in the run; the sidecars bear it.
+      place: a .tar, or `tfds:NAME/SPLIT`.
+      part: number of the shard in the TFDS split, -1 for a .tar.
+      data_dir: TFDS's folder, "" for its default.
+    """
+
+    name: str
+    place: str
+    part: int = -1
+    data_dir: str = ""
+
+
+class OpenShard(Protocol):
+    """The examples of a shard by number.
+
+    Attributes:
+      lost: (key or shard, reason) of what could not even be listed.
+      whole: whether the shard could be listed to its end.
+    """
+
+    lost: list[tuple[str, str]]
+    whole: bool
+
+    def __len__(self) -> int: ...
+
+    def key(self, index: int) -> str: ...
+
+    def stored(self, index: int) -> dict[str, Any]:
+        """{key, image: bytes, caption, metadata}. Raises RecordError."""
+
+
+def find_shards(data: str, data_dir: str = "") -> list[Shard]:
+    """The shards that `--data` names, in order.
+
+    Args:
+      data: a folder, a .tar, a pattern or a range of them, several separated by commas, also on a
+        file system that Beam knows (`gs://...`); or `tfds:NAME/SPLIT`.
+      data_dir: TFDS's folder, "" for its default.
+
+    Raises:
+      UserError: there are none, or two have the same name.
+    """
+    if data.startswith(_TFDS):
+        split = _split(data, data_dir)
+        return [Shard(name, data, i, data_dir) for i, name in enumerate(split.shard_names)]
+    places = []
+    for part in data.split(","):
+        places += storage.list_remote(part) if storage.is_remote(part) else list_shards(part)
+    shards = [Shard(storage.stem(str(place)), str(place)) for place in places]
+    name, count = Counter(shard.name for shard in shards).most_common(1)[0]
+    if count > 1:
+        raise UserError(
+            f"{count} shards are called {name}.tar; keys begin with the shard's name, so it must "
+            "be unique"
+        )
+    return shards
+
+
+def fingerprint(shard: Shard) -> dict[str, Any]:
+    """What tells a shard from another of its name: {"bytes": size or -1} or {"records": n}."""
+    if shard.part >= 0:
+        return {"records": _split(shard.place, shard.data_dir).shard_lengths[shard.part]}
+    return {"bytes": storage.size(shard.place)}
+
+
+def open_shard(shard: Shard, folder: str) -> OpenShard:
+    """A shard's examples.
+
+    Args:
+      shard: which.
+      folder: where a copy may lie if the shard is on another machine.
+
+    Raises:
+      UserError: links or names that lead out of a .tar.
+    """
+    if shard.part >= 0:
+        return _TfdsShard(shard)
+    return _TarShard(shard.name, storage.fetch(shard.place, folder))
+
+
+def read_example(stored: dict[str, Any], most: int, bbox: str | None = None) -> Example:
+    """The picture as engines see it: upright, the centred square, at most `most` pixels a side.
+
+    Raises:
+      ImageError: bytes that are no picture we can use.
+    """
+    pixels, orientation = decode_image(stored["image"])
+    size = (pixels.shape[1], pixels.shape[0])
+    pixels = orient(pixels, orientation)
+    height, width = pixels.shape[:2]
+    frame = Frame.oriented(orientation).then(Frame.square_crop(width, height))
+    image = square_picture(pixels, min(most, height, width))
+    return Example(
+        stored["key"], image, stored["caption"], stored["metadata"], frame, size, bbox or None
+    )
+
+
+class _TarShard:
+    def __init__(self, name: str, path: str):
+        self._source: WebDatasetSource | None = None
+        self.lost: list[tuple[str, str]] = []
+        self.whole = False
+        if not os.path.isfile(path):
+            self.lost.append((name, f"no such file: {path}"))
+            return
+        try:
+            self._source = WebDatasetSource(path, latents=(), max_bad_fraction=1.0)
+        except NoRecordsError as error:
+            self.lost.append((name, str(error)))
+            return
+        # Places are `PATH` for the shard's own end and `PATH: KEY` for a record.
+        self.whole = path not in self._source.bad
+        for place, reason in self._source.bad.items():
+            key = place.removeprefix(path).removeprefix(": ")
+            self.lost.append((f"{name}/{key}" if key else name, reason))
+
+    def __len__(self) -> int:
+        return len(self._source) if self._source else 0
+
+    def key(self, index: int) -> str:
+        return self._source.key(index)
+
+    def stored(self, index: int) -> dict[str, Any]:
+        return self._source.encoded(index)
+
+
+class _TfdsShard:
+    def __init__(self, shard: Shard):
+        self._examples = _split(shard.place, shard.data_dir).read(shard.part)
+        self.lost: list[tuple[str, str]] = []
+        self.whole = True
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def key(self, index: int) -> str:
+        return self._examples[index]["key"]
+
+    def stored(self, index: int) -> dict[str, Any]:
+        return self._examples[index]
+
+
+@functools.lru_cache(maxsize=4)
+def _split(data: str, data_dir: str) -> TfdsSplit:
+    return TfdsSplit(data.removeprefix(_TFDS), data_dir)
