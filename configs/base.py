@@ -134,6 +134,11 @@ def get_config() -> ConfigDict:
     c.sample.steps = 250
     c.sample.guidance_weight = 7.0  # Fig. 12 to 14
     c.sample.guidance_interval = (0.0, 1.0)  # t outside of it is sampled without guidance
+    c.sample.time_grid = "uniform"  # 'trailing', 'logsnr': docs/sampling.md
+    c.sample.guidance = "cfg"  # or 'apg'
+    c.sample.latent_guidance_weight = -1.0  # negative: one weight for c and z, Eq. 8
+    c.sample.guidance_rescale = 0.0
+    c.sample.cads_scale = 0.0
     c.sample.threshold = "clip"  # 'none', 'clip' or 'dynamic'
     c.sample.temperature = 1.0
     c.sample.top_k = 0  # 0 = off

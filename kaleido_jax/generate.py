@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 
 from kaleido_jax import bundle as bundle_lib
 from kaleido_jax import config as config_lib
@@ -20,19 +20,24 @@ from kaleido_jax import stages, tokens
 from kaleido_jax.errors import UserError
 from kaleido_jax.latents import LatentDocument
 from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
-from kaleido_jax.outputs import Output, check_folder, grid, to_uint8, write_outputs
+from kaleido_jax.outputs import Output, Progress, check_folder, grid, to_uint8, write_outputs
 from kaleido_jax.prompts import clean_prompt
 from kaleido_jax.schedule import shifted_schedules
 from kaleido_jax.settings import Settings
 from kaleido_jax.types import Conditioning
 from kaleido_jax.written import allowed_tokens, latent_ids, read_latents
 
-__all__ = ["Output", "Pipeline", "Settings", "check_folder", "grid", "write_outputs"]
+__all__ = ["Output", "Pipeline", "Progress", "Settings", "check_folder", "grid", "write_outputs"]
+
+# Called every few steps; whatever it raises ends the sampling and passes through.
+OnStep = Callable[[Progress], None]
 
 MAX_PICTURES = 10_000
 MAX_SEED = 2**32 - 1
 MAX_INDEX = 2**31 - 1
 DEFAULT_BATCH = 16
+# Steps between two calls of `on_step`: the most that run on after it has raised.
+PREVIEW_EVERY = 2
 # Draws of z before a picture is made with what of it is valid (FAULTS: bounded retries).
 MAX_DRAWS = 5
 
@@ -109,6 +114,7 @@ class Pipeline:
         seed: int = 0,
         first_index: int = 0,
         batch_size: int | None = None,
+        on_step: OnStep | None = None,
         **settings: Any,
     ) -> Output:
         """Draws latents, then a picture for each.
@@ -119,6 +125,7 @@ class Pipeline:
           seed: 0..2**32 - 1.
           first_index: picture i of a prompt uses the random numbers of index first_index + i.
           batch_size: pictures at once, rounded up to the devices; 16 or fewer by default.
+          on_step: is told of every second denoising step; may raise to stop.
           settings: fields of `Settings`; the config's defaults otherwise.
 
         Raises:
@@ -127,7 +134,7 @@ class Pipeline:
         documents, warnings = self._draw(
             prompts, num_images, seed, first_index, batch_size, settings
         )
-        output = self.render(documents, batch_size=batch_size)
+        output = self.render(documents, batch_size=batch_size, on_step=on_step)
         return dataclasses.replace(output, warnings=warnings)
 
     def draw_latents(
@@ -153,6 +160,7 @@ class Pipeline:
         *,
         seed: int | None = None,
         batch_size: int | None = None,
+        on_step: OnStep | None = None,
         **settings: Any,
     ) -> Output:
         """Pictures x ~ p(x | z, c) of documents, from the documents alone.
@@ -163,7 +171,7 @@ class Pipeline:
         Args:
           documents: one or several, of this model or another with the same latents.
           seed: draws other noise than the documents'.
-          batch_size: as in `__call__`.
+          batch_size, on_step: as in `__call__`.
           settings: fields of `Settings`; each document's own otherwise.
 
         Raises:
@@ -188,11 +196,17 @@ class Pipeline:
             rows = np.array([i for i, other in enumerate(plain) if other == chosen])
             for part in _batches(rows, batch):
                 result = self._render(
-                    states.rows(part, batch), latents, seeds, documents, part, batch, chosen
+                    states.rows(part, batch),
+                    latents,
+                    seeds,
+                    documents,
+                    part,
+                    batch,
+                    chosen,
+                    on_step,
                 )
                 samples[part] = result[: len(part)]
-        images = to_uint8(samples, self.config.data.pixel_centre, self.config.data.pixel_scale)
-        return Output(images, samples, documents, [])
+        return Output(self._to_uint8(samples), samples, documents, [])
 
     # ---- stages on batches ----------------------------------------------------------------
 
@@ -205,23 +219,45 @@ class Pipeline:
         part: Int[np.ndarray, "rows"],
         batch: int,
         chosen: Settings,
+        on_step: OnStep | None,
     ) -> Float[np.ndarray, "b h w c"]:
         indices = np.array([documents[i].sample_index for i in part], np.uint32)
+        plan = chosen.plan()
+        if plan.separate and not self.names:
+            raise UserError("latent_guidance_weight is set, but this model has no latents")
+        stride = chosen.num_steps if on_step is None else PREVIEW_EVERY
         with mesh_lib.use_mesh(self._mesh):
-            pyramid = stages.render(
+            prepared, state = stages.prepare(
                 self._model,
                 self._params,
                 self._process,
-                chosen.plan(),
+                plan,
                 encoded,
                 self._put(latents[part], batch) if self.names else None,
-                self._null_condition(),
+                self._null_condition() if plan.guided else None,
                 self._put(np.array([seeds[i] for i in part], np.uint32), batch),
                 self._put(indices, batch),
-                np.float32(chosen.guidance_weight),
-                np.array(chosen.guidance_interval, np.float32),
             )
-        return np.asarray(pyramid[0])
+            for first in range(0, chosen.num_steps, stride):
+                end = min(first + stride, chosen.num_steps)
+                state = stages.advance(
+                    self._model,
+                    self._params,
+                    self._process,
+                    plan,
+                    prepared,
+                    chosen.dials(),
+                    state,
+                    np.int32(first),
+                    np.int32(end),
+                )
+                if on_step is not None:
+                    preview = self._to_uint8(np.asarray(state.x0[0])[: len(part)])
+                    on_step(Progress([int(i) for i in part], end, chosen.num_steps, preview))
+        return np.asarray(state.x_t[0])
+
+    def _to_uint8(self, samples: Float[np.ndarray, "n h w c"]) -> UInt8[np.ndarray, "n h w c"]:
+        return to_uint8(samples, self.config.data.pixel_centre, self.config.data.pixel_scale)
 
     def _draw(
         self,

@@ -40,6 +40,23 @@ class Output:
     warnings: list[str]
 
 
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a batch of pictures is, and how they look so far.
+
+    Attributes:
+      pictures: their numbers among those asked for.
+      step: denoising steps taken, of `num_steps`.
+      num_steps: of the whole.
+      preview: uint8 pictures, the clean images that the last step predicted.
+    """
+
+    pictures: list[int]
+    step: int
+    num_steps: int
+    preview: UInt8[np.ndarray, "n h w c"]
+
+
 def to_uint8(
     samples: Float[np.ndarray, "n h w c"], centre: float, scale: float
 ) -> UInt8[np.ndarray, "n h w c"]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-STREAMS = ("params", "data", "time", "noise", "cond_drop", "dropout", "decode", "sample")
+STREAMS = ("params", "data", "time", "noise", "cond_drop", "dropout", "decode", "sample", "cads")
 
 
 def stream(seed: int, name: str, step: int | Int[Array, ""] = 0) -> Key[Array, ""]:

@@ -57,6 +57,9 @@ def _alpha_bar_table(name: str, scale: float, power: float) -> np.ndarray:
     return shifted
 
 
+TIME_GRIDS = ("uniform", "trailing", "logsnr")
+
+
 @dataclasses.dataclass(frozen=True)
 class Schedule:
     """A noise schedule, shifted for its resolution by snr / scale**power (Sec. B.1, "shift4").
@@ -135,13 +138,41 @@ def shifted_schedules(
     return tuple(Schedule(name, float(r) if shifted else 1.0, power) for r in ratios)
 
 
-def time_grid(steps: int) -> Int[np.ndarray, "steps_plus_1"]:
-    """Integer levels from noise to 0 for `steps` sampling steps, spaced as ml-mdm spaces them.
+def time_grid(
+    steps: int, name: str = "uniform", schedule: Schedule | None = None
+) -> Int[np.ndarray, "steps_plus_1"]:
+    """Integer levels from noise to 0 for `steps` sampling steps.
 
-    Returns `steps + 1` descending levels; the last is 0. Raises UserError unless
-    1 <= steps <= 1000.
+    Args:
+      steps: 1..1000.
+      name: 'uniform' is ml-mdm's, which begins one spacing below pure noise when steps are few;
+        'trailing' is even from 1000 to 0 (Lin et al. 2023, Sec. 3.3); 'logsnr' is even in
+        log(alpha / sigma) from level 1000 to 1, as solvers of high order like it.
+      schedule: whose log(alpha / sigma) counts; the plain cosine by default.
+
+    Returns:
+      `steps + 1` descending levels; the last is 0.
+
+    Raises:
+      UserError: steps out of range, or an unknown name.
     """
     if not 1 <= steps <= NUM_LEVELS:
         raise UserError(f"steps is {steps}; it must be between 1 and {NUM_LEVELS}")
-    ratio = (NUM_LEVELS + 1) / (steps + 1)
-    return np.round(np.arange(steps, -1, -1) * ratio).astype(np.int64)
+    if name == "uniform":
+        ratio = (NUM_LEVELS + 1) / (steps + 1)
+        return np.round(np.arange(steps, -1, -1) * ratio).astype(np.int64)
+    if name == "trailing":
+        return np.round(np.linspace(NUM_LEVELS, 0, steps + 1)).astype(np.int64)
+    if name != "logsnr":
+        raise UserError(f"unknown time grid {name!r}; one of {', '.join(TIME_GRIDS)}")
+    known = (schedule or Schedule()).logsnr(np.arange(1, NUM_LEVELS + 1))
+    # The last level of a schedule can have no signal at all but for rounding; the step into it
+    # would take half of the grid.
+    known = np.maximum(known, 2 * known[-2] - known[-3])
+    wanted = np.linspace(known[-1], known[0], steps)
+    levels = np.interp(wanted, known[::-1], np.arange(NUM_LEVELS, 0, -1.0)).round().astype(np.int64)
+    # Where the grid is finer than the levels, each keeps a level of its own.
+    for i in range(1, steps):
+        levels[i] = min(levels[i], levels[i - 1] - 1)
+    least = np.arange(steps, 0, -1)
+    return np.append(np.maximum(levels, least), 0)

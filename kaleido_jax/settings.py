@@ -7,14 +7,37 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from kaleido_jax import decode, guidance
 from kaleido_jax.errors import UserError
 from kaleido_jax.latents import LatentDocument
-from kaleido_jax.samplers import SAMPLERS, THRESHOLDS
-from kaleido_jax.schedule import NUM_LEVELS
-from kaleido_jax.stages import Plan
+from kaleido_jax.samplers import SAMPLERS
+from kaleido_jax.schedule import NUM_LEVELS, TIME_GRIDS
+from kaleido_jax.stages import Dials, Plan
+from kaleido_jax.thresholds import THRESHOLDS
+
+GUIDANCE = ("cfg", "apg")
+_RANGES = {
+    "latent_guidance_weight": (-1.0, 100.0),
+    "guidance_rescale": (0.0, 1.0),
+    "apg_eta": (-1.0, 1.0),
+    "apg_norm": (0.0, 1e6),
+    "apg_momentum": (-1.0, 1.0),
+    "cads_scale": (0.0, 10.0),
+    "cads_mixing": (0.0, 1.0),
+}
+# What of the settings a document keeps besides its own fields.
+_SAMPLER_SETTINGS = (
+    "threshold",
+    "eta",
+    "guidance_interval",
+    "time_grid",
+    "guidance",
+    "cads_interval",
+    *_RANGES,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +47,22 @@ class Settings:
     Attributes:
       guidance_weight: gamma of Eq. 4 and 8, 0..100; 1 is the conditional model alone.
       guidance_interval: (low, high) in t; outside of it there is no guidance.
-      sampler: 'ddpm' or 'ddim'.
+      sampler: a name in samplers.SAMPLERS.
       num_steps: 1..1000.
       eta: of DDIM, 0 (deterministic) to 1 (ancestral); 0 for other samplers.
       threshold: 'clip', 'dynamic' or 'none'.
       temperature: of the latents, 0 (greedy) to 100.
       top_k: latent tokens from the k likeliest only; 0 is all.
       top_p: latent tokens from the smallest set of this mass only; 1 is all.
+      time_grid: a name in schedule.TIME_GRIDS.
+      guidance: 'cfg' (classifier-free) or 'apg' (adaptive projected).
+      latent_guidance_weight: of z alone, 0..100; guidance_weight is then that of the caption.
+        Negative: one weight for both, which is Eq. 8.
+      guidance_rescale: 0 (off) to 1 (the deviation of the conditional prediction).
+      apg_eta, apg_norm, apg_momentum: see guidance.Projection.
+      cads_scale: of CADS noise on the condition; 0 is off.
+      cads_interval: t below which there is no noise, and above which it is all noise.
+      cads_mixing: see guidance.Annealing.
     """
 
     guidance_weight: float
@@ -42,6 +74,16 @@ class Settings:
     temperature: float
     top_k: int
     top_p: float
+    time_grid: str = "uniform"
+    guidance: str = "cfg"
+    latent_guidance_weight: float = -1.0
+    guidance_rescale: float = 0.0
+    apg_eta: float = 0.0
+    apg_norm: float = 0.0
+    apg_momentum: float = -0.5
+    cads_scale: float = 0.0
+    cads_interval: tuple[float, float] = (0.6, 0.9)
+    cads_mixing: float = 1.0
 
     def __post_init__(self) -> None:
         guidance.check_guidance(self.guidance_weight, self.guidance_interval)
@@ -49,6 +91,8 @@ class Settings:
         for key, value, known in (
             ("sampler", self.sampler, SAMPLERS),
             ("threshold", self.threshold, THRESHOLDS),
+            ("time_grid", self.time_grid, TIME_GRIDS),
+            ("guidance", self.guidance, GUIDANCE),
         ):
             if value not in known:
                 raise UserError(f"unknown {key} {value!r}; one of {', '.join(known)}")
@@ -58,12 +102,24 @@ class Settings:
             raise UserError(f"eta is {self.eta}; it must be between 0 and 1")
         if self.eta and self.sampler != "ddim":
             raise UserError(f"eta is {self.eta}; it belongs to the sampler ddim alone")
+        for name, (low, high) in _RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                value = getattr(self, name)
+                raise UserError(f"{name} is {value}; it must be between {low:g} and {high:g}")
+        low, high = self.cads_interval
+        if not 0.0 <= low < high <= 1.0:
+            raise UserError(
+                f"cads_interval is {self.cads_interval}; it must be (low, high) with"
+                " 0 <= low < high <= 1"
+            )
+        if self.guidance == "apg" and self.latent_guidance_weight >= 0.0:
+            raise UserError("guidance 'apg' has no weight of its own for the latents")
 
     @classmethod
     def of_config(cls, config: ConfigDict) -> Settings:
         """The defaults that `config.sample` states."""
         s = config.sample
-        return cls(
+        first = cls(
             guidance_weight=s.guidance_weight,
             guidance_interval=tuple(s.guidance_interval),
             sampler=s.sampler,
@@ -74,6 +130,9 @@ class Settings:
             top_k=s.top_k,
             top_p=s.top_p,
         )
+        # Configs written before a setting was known do not name it.
+        known = {field.name for field in dataclasses.fields(cls)}
+        return first.replace({name: s[name] for name in s if name in known})
 
     def replace(self, changes: Mapping[str, Any]) -> Settings:
         """A copy with other values; raises UserError at an unknown name, naming the nearest."""
@@ -88,12 +147,8 @@ class Settings:
 
     def of_document(self, document: LatentDocument) -> Settings:
         """The settings with which a document's picture was denoised; the rest as here."""
-        kept = ("threshold", "eta", "guidance_interval")
-        found = {
-            name: document.sampler_settings[name]
-            for name in kept
-            if name in document.sampler_settings
-        }
+        written = document.sampler_settings
+        found = {name: written[name] for name in _SAMPLER_SETTINGS if name in written}
         return self.replace(
             {
                 "guidance_weight": document.guidance_weight,
@@ -110,22 +165,43 @@ class Settings:
             "sampler": self.sampler,
             "steps": self.num_steps,
             "sampler_settings": {
-                "threshold": self.threshold,
-                "eta": self.eta,
-                "guidance_interval": list(self.guidance_interval),
+                name: list(value) if isinstance(value, tuple) else value
+                for name in _SAMPLER_SETTINGS
+                for value in [getattr(self, name)]
             },
         }
 
     def plan(self) -> Plan:
         """What of the settings decides the compiled program."""
-        guided = self.guidance_weight != 1.0
+        separate = self.latent_guidance_weight >= 0.0
+        guided = self.guidance_weight != 1.0 or (separate and self.latent_guidance_weight != 1.0)
         return Plan(
             sampler=self.sampler,
             num_steps=self.num_steps,
+            grid=self.time_grid,
             threshold=self.threshold,
             eta=self.eta,
             guided=guided,
             interval=guided and self.guidance_interval != (0.0, 1.0),
+            separate=guided and separate,
+            projected=guided and self.guidance == "apg",
+            rescaled=guided and self.guidance_rescale > 0.0,
+            annealed=self.cads_scale > 0.0,
+        )
+
+    def dials(self) -> Dials:
+        """The numbers that the compiled program reads."""
+        return Dials(
+            guidance_weight=np.float32(self.guidance_weight),
+            interval=np.array(self.guidance_interval, np.float32),
+            latent_weight=np.float32(self.latent_guidance_weight),
+            projection=guidance.Projection(
+                *map(np.float32, (self.apg_eta, self.apg_norm, self.apg_momentum))
+            ),
+            rescale=np.float32(self.guidance_rescale),
+            annealing=guidance.Annealing(
+                *map(np.float32, (self.cads_scale, *self.cads_interval, self.cads_mixing))
+            ),
         )
 
 

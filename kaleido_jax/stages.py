@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util as traverse
@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from kaleido_jax import decode, diffusion, guidance, mesh, rng, samplers
 from kaleido_jax.errors import UserError
 from kaleido_jax.models.kaleido import Kaleido, join
+from kaleido_jax.samplers import State
 from kaleido_jax.schedule import Schedule, time_grid
 from kaleido_jax.types import Conditioning, Params, Pyramid
 
@@ -48,18 +49,49 @@ class Plan:
     Attributes:
       sampler: name in samplers.SAMPLERS.
       num_steps: number of steps of the time grid.
-      threshold: name in samplers.THRESHOLDS.
+      grid: name in schedule.TIME_GRIDS.
+      threshold: name in thresholds.THRESHOLDS.
       eta: DDIM's stochasticity; 0 for other samplers.
       guided: whether the unconditional branch is computed at all.
       interval: whether it is computed within an interval of t only.
+      separate: whether the latents have a weight of their own (a third branch).
+      projected: whether guidance is APG.
+      rescaled: whether guidance is rescaled.
+      annealed: whether CADS disturbs the condition.
     """
 
     sampler: str
     num_steps: int
+    grid: str
     threshold: str
     eta: float
     guided: bool
     interval: bool
+    separate: bool
+    projected: bool
+    rescaled: bool
+    annealed: bool
+
+
+class Dials(NamedTuple):
+    """Numbers of the guidance; traced, and read where the plan says that they matter."""
+
+    guidance_weight: float | Float[Array, ""]
+    interval: Float[Array, "2"]
+    latent_weight: float | Float[Array, ""]
+    projection: guidance.Projection
+    rescale: float | Float[Array, ""]
+    annealing: guidance.Annealing
+
+
+class Prepared(NamedTuple):
+    """What the sampling loop of a batch reads; from `prepare`."""
+
+    condition: Any
+    null: Any
+    caption_only: Any
+    sample_keys: Key[Array, "b"]
+    cads_keys: Key[Array, "b"]
 
 
 def sample_keys(
@@ -130,7 +162,7 @@ def draw_latents(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def render(
+def prepare(
     model: Kaleido,
     params: Params,
     process: Process,
@@ -140,45 +172,82 @@ def render(
     null: Any,
     seeds: Int[Array, "b"],
     indices: Int[Array, "b"],
-    guidance_weight: Float[Array, ""],
-    interval: Float[Array, "2"],
-) -> Pyramid:
-    """Samples x ~ p(x | z, c) at every resolution (the two steps after Eq. 7).
+) -> tuple[Prepared, State]:
+    """The conditions of a batch and its noise.
 
     Args:
       encoded: encoder states of the captions.
       latent_tokens: z; None for a model without latents.
       null: from `null_condition`.
-      guidance_weight, interval: read where the plan says that they matter.
-
-    Returns:
-      float32 images in model space, highest resolution first.
     """
     variables = {"params": params}
-    condition = encoded
-    if latent_tokens is not None:
-        hidden, _, mask = model.apply(variables, latent_tokens, encoded, method="latent_states")
-        condition = join(encoded, Conditioning(states=hidden, mask=mask))
-    condition = model.apply(variables, condition, method="encode_condition")
-    null = jax.tree.map(lambda row, like: jnp.broadcast_to(row, like.shape), null, condition)
 
+    def as_read(condition: Conditioning) -> Any:
+        return model.apply(variables, condition, method="encode_condition")
+
+    caption_only = None
+    if latent_tokens is None:
+        condition = as_read(encoded)
+    else:
+        hidden, _, mask = model.apply(variables, latent_tokens, encoded, method="latent_states")
+        condition = as_read(join(encoded, Conditioning(states=hidden, mask=mask)))
+        if plan.separate:
+            without = Conditioning(states=hidden, mask=jnp.zeros_like(mask))
+            caption_only = as_read(join(encoded, without))
+    if plan.guided:
+        null = jax.tree.map(lambda row, like: jnp.broadcast_to(row, like.shape), null, condition)
+    keys = sample_keys(seeds, "sample", indices)
+    prepared = Prepared(
+        condition=condition,
+        null=null if plan.guided else None,
+        caption_only=caption_only,
+        sample_keys=keys,
+        cads_keys=sample_keys(seeds, "cads", indices),
+    )
+    noise = samplers.sample_noise(keys, 0, process.shapes)
+    rows = seeds.shape[0]
+    memory = guidance.first_memory(plan.projected and plan.guided, rows, process.shapes)
+    return prepared, samplers.begin(noise, memory)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def advance(
+    model: Kaleido,
+    params: Params,
+    process: Process,
+    plan: Plan,
+    prepared: Prepared,
+    dials: Dials,
+    state: State,
+    first: Int[Array, ""],
+    end: Int[Array, ""],
+) -> State:
+    """Takes the steps first..end - 1 of x ~ p(x | z, c), all resolutions at once (Eq. 7).
+
+    The steps are traced, so that any parts of the loop are one program.
+    """
     guided = guidance.guide(
         functools.partial(denoise, model, params, process),
-        condition,
-        null if plan.guided else None,
-        guidance_weight,
-        interval if plan.interval else None,
+        prepared.condition,
+        prepared.null,
+        dials.guidance_weight,
+        dials.interval if plan.interval else None,
+        caption_only=prepared.caption_only,
+        latent_weight=dials.latent_weight if plan.separate else None,
+        projection=dials.projection if plan.projected else None,
+        rescale=dials.rescale if plan.rescaled else None,
+        annealing=dials.annealing if plan.annealed else None,
+        keys=prepared.cads_keys,
     )
-    keys = sample_keys(seeds, "sample", indices)
-    noise = samplers.sample_noise(keys, 0, process.shapes)
     options = {"eta": plan.eta} if plan.sampler == "ddim" else {}
     return samplers.SAMPLERS[plan.sampler](
         guided,
-        noise,
-        time_grid(plan.num_steps),
+        state,
+        time_grid(plan.num_steps, plan.grid, process.schedules[-1]),
         process.schedules,
-        keys,
+        prepared.sample_keys,
         plan.threshold,
+        steps=(first, end),
         **options,
     )
 

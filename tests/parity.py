@@ -30,16 +30,24 @@ CHECKS = {
     "mdm_sampler": "tests.parity_sampling:check_sampler",
     "mdm_sample.": "tests.parity_sampling:check_sample",
     "mdm_sample_": "tests.parity_sampling:check_sample",
+    "solver": "tests.parity_sampling:check_solver",
+    "guidance": "tests.parity_sampling:check_guidance",
     "t5_": "tests.parity_t5:check_t5",
     "t5x_": "tests.parity_t5:check_t5x",
 }
 # path -> {output: [other float32 values of it]}, for the formats of single network passes.
 SPREADS = {"mdm_unet": "tests.parity_mdm:spread", "mdm_nested": "tests.parity_mdm:spread"}
 # Formats that nothing of the project computes yet.
-UNCHECKED = ("solver", "guidance", "inception", "metrics")
+UNCHECKED = ("inception", "metrics")
 # Largest error relative to the output's standard deviation.
 TOLERANCE = 2e-4
-TOLERANCES = {"mdm_sampler": 1e-5, "mdm_sample.": 2e-3, "mdm_sample_": 2e-3}
+TOLERANCES = {
+    "mdm_sampler": 1e-5,
+    "mdm_sample.": 2e-3,
+    "mdm_sample_": 2e-3,
+    "solver": 1e-4,
+    "guidance": 1e-5,
+}
 
 
 def format_of(path: pathlib.Path) -> str | None:

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaleido_jax import diffusion, guidance, rng, samplers
+from kaleido_jax import decode, diffusion, guidance, rng, samplers
 from kaleido_jax.schedule import NAMES, Schedule, shifted_schedules, time_grid
+from kaleido_jax.thresholds import THRESHOLDS
 from tests.parity_mdm import load_network, nchw, nhwc, numbered
 
 Checked = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -21,6 +22,7 @@ Checked = dict[str, tuple[np.ndarray, np.ndarray]]
 TABLE = re.compile(r"schedule/(\w+)/alpha_bar(?:_shift([\d.]+)_power([\d.]+))?")
 STEP = re.compile(r"step/t(\d+)_s(\d+)/(?:(ddpm|ddim)(?:_eta([\d.]+))?_(\w+)/)?(\w+)")
 GRID = re.compile(r"timesteps_(\d+)")
+FILTER = re.compile(r"probabilities/temperature([\d.]+)_topk(\d+)_topp([\d.]+)")
 
 
 def check_sampler(path: pathlib.Path) -> Checked:
@@ -82,7 +84,7 @@ def _step_output(
     x_t = nhwc(arrays[f"step/t{t}_s{s}/x_t"])
     v = nhwc(arrays["input/v_prediction"])
     x0 = diffusion.to_x0("v", v, x_t, np.float32(alpha), np.float32(sigma))
-    x0 = samplers.THRESHOLDS[threshold](x0)
+    x0 = THRESHOLDS[threshold](x0)
     if output == "x0":
         return nchw(x0)
     table = schedule.alpha_bar_table
@@ -90,7 +92,7 @@ def _step_output(
         coefficients = samplers.ddpm_coefficients(table[t], table[s])
     else:
         coefficients = samplers.ddim_coefficients(table[t], table[s], float(eta))
-    coefficients = np.asarray(coefficients, np.float32)
+    coefficients = {name: np.float32(value) for name, value in coefficients.items()}
     return nchw(samplers.step(x_t, x0, coefficients, nhwc(arrays["input/noise"])))
 
 
@@ -129,14 +131,78 @@ def check_sample(path: pathlib.Path) -> Checked:
         keys = rng.per_sample(rng.stream(0, "sample"), jnp.arange(noise[0].shape[0]))
         return samplers.ddim(
             guided,
-            noise,
+            samplers.begin(noise),
             arrays["input/timesteps"],
             schedules,
             keys,
             settings["threshold"],
             eta=settings["ddim_eta"],
-        )
+        ).x_t
 
     samples = run(tuple(jnp.asarray(nhwc(noise)) for noise in numbered(arrays, "input/noise_")))
     wanted = numbered(arrays, "output/sample_")
     return {f"sample_{i}": (nchw(samples[i]), want) for i, want in enumerate(wanted)}
+
+
+def check_guidance(path: pathlib.Path) -> Checked:
+    """Classifier-free, projected and rescaled guidance, and the decoder's filters."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    settings = json.loads(str(arrays["settings_json"]))
+    weight = settings["guidance_weight"]
+    projection = guidance.Projection(
+        settings["apg_eta"], settings["apg_norm_threshold"], settings["apg_momentum"]
+    )
+    rules = {
+        "cfg": guidance.classifier_free(weight),
+        "cfg_rescaled": guidance.rescaled(guidance.classifier_free(weight), settings["rescale"]),
+        "apg": guidance.projected(weight, projection),
+    }
+    checked = {}
+    for name, rule in rules.items():
+        memory = (jnp.zeros(nhwc(arrays["cond"][0]).shape),) if name == "apg" else ()
+        steps = []
+        for cond, uncond in zip(arrays["cond"], arrays["uncond"], strict=True):
+            pair = [(jnp.asarray(nhwc(x), jnp.float32),) for x in (cond, uncond)]
+            (x0,), memory = rule(pair, memory)
+            steps.append(nchw(x0))
+        checked[name] = (np.stack(steps), arrays[name])
+    for name, want in arrays.items():
+        if match := FILTER.fullmatch(name):
+            temperature, top_k, top_p = float(match[1]), int(match[2]), float(match[3])
+            logits = jnp.asarray(arrays["logits"], jnp.float32)
+            kept = decode.filter_logits(logits, temperature, top_k, top_p)
+            checked[name] = (jax.nn.softmax(kept, axis=-1), want)
+    return checked
+
+
+def check_solver(path: pathlib.Path) -> Checked:
+    """Every step of DDIM and DPM-Solver++ on Gaussian data, whose denoiser is known."""
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    mean, variance = float(arrays["data_mean"]), float(arrays["data_variance"])
+    schedule = Schedule("deepfloyd")
+    keys = rng.per_sample(rng.stream(0, "sample"), jnp.arange(1))
+    noise = (jnp.asarray(arrays["x_T"], jnp.float32)[None, :, :, None],)
+
+    def denoise(x_t, level, memory):
+        alpha, sigma = schedule.alpha_sigma(level)
+        gain = alpha * variance / (alpha**2 * variance + sigma**2)
+        return tuple(mean + gain * (x - alpha * mean) for x in x_t), memory
+
+    checked = {}
+    for name, sampler in (("ddim", samplers.ddim), ("dpmpp_2m", samplers.dpmpp)):
+        # diffusers counts its 1,000 levels from 0, at the first noise.
+        levels = np.append(arrays[f"{name}/timesteps"] + 1, 0)
+        checked[f"{name}/alpha_bar"] = (
+            schedule.alpha_bar_table[levels[:-1]],
+            arrays[f"{name}/alpha_bar"],
+        )
+        state, states = samplers.begin(noise), []
+        for index in range(len(levels) - 1):
+            state = sampler(
+                denoise, state, levels, (schedule,), keys, "none", steps=(index, index + 1)
+            )
+            states.append(np.asarray(state.x_t[0])[0, :, :, 0])
+        checked[f"{name}/x"] = (np.stack(states), arrays[f"{name}/x"])
+    return checked

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from kaleido_jax import bundle, generate, mesh, stages
 from kaleido_jax.configs import shapes, toy
 from kaleido_jax.errors import UserError
-from kaleido_jax.latents import load_document, read_png
+from kaleido_jax.latents import LatentDocument, load_document, read_png
 from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
 
 PROMPT = "dawn: a red shape"
@@ -216,10 +216,65 @@ def test_a_sweep_compiles_once():
     pipe = _pipe()
     documents = pipe.draw_latents(PROMPT, 2)
     pipe.render(documents, guidance_weight=2.0)
-    before = stages.render._cache_size(), stages.draw_latents._cache_size()
+    before = stages.advance._cache_size(), stages.draw_latents._cache_size()
     pipe.render(documents, guidance_weight=5.0, seed=9)
     pipe.draw_latents("noon: a green shape", 2, seed=4, temperature=0.5, top_k=3, top_p=0.9)
-    assert (stages.render._cache_size(), stages.draw_latents._cache_size()) == before
+    assert (stages.advance._cache_size(), stages.draw_latents._cache_size()) == before
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(sampler="dpmpp", time_grid="logsnr"),
+        dict(sampler="heun", time_grid="trailing"),
+        dict(guidance="apg", apg_norm=2.0),
+        dict(guidance_rescale=0.7),
+        dict(latent_guidance_weight=5.0),
+        dict(cads_scale=0.25, guidance_interval=(0.2, 0.8)),
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_every_sampler_and_guidance_changes_the_picture_and_is_written_down(settings):
+    pipe = _pipe()
+    documents = pipe.draw_latents(PROMPT, 2, guidance_weight=3.0)
+    plain = pipe.render(documents)
+    out = pipe.render(documents, **settings)
+    assert np.isfinite(out.samples).all()
+    assert np.abs(out.samples - plain.samples).max() > 1e-3
+    # The document alone says how its picture was made, alone or in company.
+    again = pipe.render(LatentDocument.from_json(out.documents[1].to_json()))
+    np.testing.assert_allclose(again.samples[0], out.samples[1], **TOLERANCE)
+
+
+def test_progress_is_told_and_changes_nothing():
+    pipe = _pipe()
+    documents = pipe.draw_latents(PROMPT, 3)
+    told = []
+    out = pipe.render(documents, batch_size=3, on_step=told.append)
+    steps = documents[0].steps
+    assert [p.step for p in told] == [*range(2, steps, 2), steps]
+    assert all(p.pictures == [0, 1, 2] and p.num_steps == steps for p in told)
+    assert told[0].preview.shape == out.images.shape
+    np.testing.assert_array_equal(out.samples, pipe.render(documents, batch_size=3).samples)
+
+
+def test_what_on_step_raises_ends_the_sampling():
+    class Cancelled(Exception):
+        pass
+
+    def stop(progress):
+        told.append(progress.step)
+        raise Cancelled
+
+    told = []
+    with pytest.raises(Cancelled):
+        _pipe()(PROMPT, 2, on_step=stop)
+    assert told == [2]
+
+
+def test_a_model_without_latents_has_no_weight_for_them():
+    with pytest.raises(UserError, match="no latents"):
+        _pipe(())(PROMPT, latent_guidance_weight=2.0)
 
 
 def test_two_resolutions_are_sampled_together():
@@ -287,7 +342,13 @@ def test_grid_keeps_every_picture():
         (dict(eta=0.5), "eta"),
         (dict(threshold="soft"), "threshold"),
         (dict(top_p=0.0), "top_p"),
-        (dict(guidance=2.0), "guidance_weight"),
+        (dict(guidence_weight=2.0), "nearest is 'guidance_weight'"),
+        (dict(guidance="cfgg"), "cfg, apg"),
+        (dict(time_grid="even"), "time_grid"),
+        (dict(guidance_rescale=1.5), "guidance_rescale"),
+        (dict(cads_scale=float("nan")), "cads_scale"),
+        (dict(cads_interval=(0.9, 0.6)), "cads_interval"),
+        (dict(guidance="apg", latent_guidance_weight=2.0), "apg"),
     ],
 )
 def test_misuse_is_refused_before_any_work(arguments, words):
