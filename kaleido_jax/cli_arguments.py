@@ -15,7 +15,7 @@ MAX_SEED = 2**32 - 1
 
 def add_demo(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:
     """`kaleido demo`."""
-    parser = _add(
+    parser = add_verb(
         verbs,
         name,
         "train in small, sample, compare with the baseline, write a page",
@@ -49,7 +49,7 @@ def add_demo(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentP
 
 def add_doctor(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:
     """`kaleido doctor`."""
-    return _add(
+    return add_verb(
         verbs,
         name,
         "report devices, memory, versions and extras, and what to mend",
@@ -61,7 +61,7 @@ def add_doctor(verbs: argparse._SubParsersAction, name: str) -> argparse.Argumen
 
 def add_train(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:
     """`kaleido train`."""
-    parser = _add(
+    parser = add_verb(
         verbs,
         name,
         "train a model by a config; run it again to go on where it stopped",
@@ -93,7 +93,7 @@ def add_train(verbs: argparse._SubParsersAction, name: str) -> argparse.Argument
 
 def add_sample(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:
     """`kaleido sample`."""
-    parser = _add(
+    parser = add_verb(
         verbs,
         name,
         "draw latents and pictures for prompts",
@@ -219,9 +219,10 @@ def need_folder(path: pathlib.Path, flag: str) -> None:
         raise UserError(f"{flag}: {path} is a file; a folder is needed")
 
 
-def _add(
+def add_verb(
     verbs: argparse._SubParsersAction, name: str, summary: str, examples: str
 ) -> argparse.ArgumentParser:
+    """A verb's parser with its one-line summary and its examples."""
     lines = [line.removeprefix(" " * 8) for line in examples.strip("\n").rstrip().split("\n")]
     return verbs.add_parser(
         name,
