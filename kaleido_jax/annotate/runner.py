@@ -29,6 +29,7 @@ from kaleido_jax.errors import UserError
 
 # The classes of one-line errors as Beam quotes them in the traceback of a worker.
 _QUOTED = re.compile(r"^(?:[\w.]+\.)?(UserError|AnnotationFailed): (.*?)(?: \[while running .*)?$")
+_WORKERS_LOG = "--default_sdk_harness_log_level=WARNING"  # the last of two flags counts
 _TOLD_EVERY = 1.0  # seconds between two notes of progress
 
 
@@ -111,13 +112,13 @@ def run_stage(
       UserError: what a worker found to be the user's mistake.
       AnnotationFailed: the run went wrong as a whole, or the runner says that it failed.
     """
-    options = PipelineOptions(list(flags))
-    runner = options.view_as(StandardOptions).runner
-    if runner in (None, "DirectRunner"):
-        # DirectRunner would look for another runner on the network before it takes this one.
-        runner = FnApiRunner()
     try:
         with _quiet():
+            options = PipelineOptions([_WORKERS_LOG, *flags])
+            runner = options.view_as(StandardOptions).runner
+            if runner in (None, "DirectRunner"):
+                # DirectRunner would look for another runner on the network before it takes this.
+                runner = FnApiRunner()
             pipeline = beam.Pipeline(runner=runner, options=options)
             _ = (
                 pipeline
@@ -146,11 +147,13 @@ def _raise_quoted(error: Exception) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Beam logs every failed bundle with its traceback; the error itself says enough."""
-    logger = logging.getLogger("apache_beam")
+    """No warnings, and no traceback of every failed bundle: the error itself says enough."""
+    logger, before = logging.getLogger("apache_beam"), logging.root.manager.disable
     level = logger.level
     logger.setLevel(logging.CRITICAL)
+    logging.disable(logging.WARNING)
     try:
         yield
     finally:
         logger.setLevel(level)
+        logging.disable(before)
