@@ -16,7 +16,12 @@ from pathlib import Path
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
-from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+from apache_beam.portability.api import beam_provision_api_pb2
+from apache_beam.runners.portability.fn_api_runner.fn_runner import (
+    ExtendedProvisionInfo,
+    FnApiRunner,
+)
+from apache_beam.runners.portability.portable_runner import JobServiceHandle
 from apache_beam.runners.runner import PipelineState
 from apache_beam.utils.shared import Shared
 
@@ -118,7 +123,12 @@ def run_stage(
             runner = options.view_as(StandardOptions).runner
             if runner in (None, "DirectRunner"):
                 # DirectRunner would look for another runner on the network before it takes this.
-                runner = FnApiRunner()
+                info = beam_provision_api_pb2.ProvisionInfo(
+                    pipeline_options=JobServiceHandle.encode_pipeline_options(
+                        options.get_all_options()
+                    )
+                )
+                runner = FnApiRunner(provision_info=ExtendedProvisionInfo(info))
             pipeline = beam.Pipeline(runner=runner, options=options)
             _ = (
                 pipeline
