@@ -137,8 +137,8 @@ def run_stage(
                 | plan.stage >> beam.ParDo(AnnotateShard(plan, out))
             )
             state = pipeline.run().wait_until_finish()
-    except (UserError, AnnotationFailed):
-        raise
+    except (UserError, AnnotationFailed) as error:
+        raise type(error)(str(error).partition(" [while running ")[0]) from error
     except Exception as error:
         _raise_quoted(error)
         raise
