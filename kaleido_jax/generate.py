@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pathlib
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +17,8 @@ from jaxtyping import Float, Int
 
 from kaleido_jax import bundle as bundle_lib
 from kaleido_jax import config as config_lib
+from kaleido_jax import hub, stages, tokens
 from kaleido_jax import mesh as mesh_lib
-from kaleido_jax import stages, tokens
 from kaleido_jax.errors import UserError
 from kaleido_jax.latents import LatentDocument
 from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
@@ -98,8 +100,52 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, mesh: Mesh | None = None) -> Pipeline:
-        """Opens a workdir, checkpoint or export; raises UserError if there is no whole one."""
+        """Opens a workdir, checkpoint or export, or a model on a hub.
+
+        Args:
+          folder: a folder; where there is none, owner/name or owner/name@revision on the hub, which
+            is downloaded once (with `huggingface_hub`) and then opens offline.
+          mesh: devices to place the parameters on; all of them by default.
+
+        Raises:
+          UserError: there is no whole model of that name, or it is damaged.
+        """
+        if hub.is_name(folder) and not os.path.exists(folder):
+            folder = hub.download(folder)
         return cls(bundle_lib.load(folder), mesh)
+
+    def save_pretrained(self, folder: str | os.PathLike, dtype: str = "float32") -> pathlib.Path:
+        """Writes an export folder: safetensors, config, tokenizer, model card, manifest.
+
+        Args:
+          folder: a new folder.
+          dtype: of the weights: 'float32', 'bfloat16' or 'float16'.
+
+        Raises:
+          UserError: the folder exists or cannot be written.
+        """
+        return bundle_lib.save(folder, self._bundle(), dtype)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        dtype: str = "float32",
+        private: bool = True,
+        message: str = "Upload a Kaleido model",
+    ) -> str:
+        """Exports to owner/name on the hub, private unless told otherwise; returns its address.
+
+        Raises:
+          UserError: `huggingface_hub` is not installed, no permission, no connection.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.save_pretrained(os.path.join(scratch, "export"), dtype)
+            return hub.upload(folder, name, private, message)
+
+    def _bundle(self) -> bundle_lib.Bundle:
+        made_from = self._hashes["checkpoint_hash"]
+        return bundle_lib.Bundle(self.config, self._params, self._vocabulary, made_from)
 
     def __call__(
         self,

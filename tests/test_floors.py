@@ -26,7 +26,7 @@ GROUPS = {
         "models": "models",
         "data": "data",
         "annotate": "annotate",
-        "storage": "checkpoint bundle",
+        "storage": "checkpoint bundle tensor_files model_card hub",
     },
     2: {
         "training": "losses optim runlog train",
@@ -71,9 +71,10 @@ HEAVY = {
     "grain": {"data*"},
     "clu": {"data*", "train", "runlog"},  # its TensorBoard writer, when training starts
     "torch": {"annotate*", "interop"},  # interop reads .pth with weights_only=True
-    "apache_beam": {"annotate*"},
+    "apache_beam": {"annotate*", "data.records"},  # its TFDS builder runs on Beam
     "transformers": {"annotate*"},
     "gradio": {"ui*"},
+    "huggingface_hub": {"hub"},
 }
 
 
