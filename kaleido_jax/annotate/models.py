@@ -91,6 +91,15 @@ def folder_digest(folder: Path) -> str:
     return total.hexdigest()
 
 
+def file_sha256(path: str | Path) -> str:
+    """Hex digest of a file. Raises UserError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
 def loading(source: ModelSource, load: Any, *arguments: Any, **keywords: Any) -> Any:
     """Calls a loader of transformers; its errors become one line that names the model.
 

@@ -23,7 +23,7 @@ from jaxtyping import UInt8
 from kaleido_jax.annotate import prompts, repair
 from kaleido_jax.annotate.describe import NEW_TOKENS
 from kaleido_jax.annotate.language import LanguageEngine
-from kaleido_jax.annotate.models import ModelSource, device, loading, require
+from kaleido_jax.annotate.models import ModelSource, device, file_sha256, loading, require
 from kaleido_jax.annotate.protocols import Answer, Engine, Example, Result
 from kaleido_jax.errors import UserError
 
@@ -142,8 +142,6 @@ class AnswersEngine:
     batch_size = 256
 
     def __init__(self, stage: str, path: str):
-        from kaleido_jax.annotate.engines import file_sha256
-
         self.stage, self._path = stage, path
         self._answers: dict[str, str] | None = None
         self.provenance: dict[str, Any] = {
