@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import kaleido_jax
-from kaleido_jax import cli_annotate
+from kaleido_jax import cli_annotate, cli_build
 from kaleido_jax import cli_arguments as arguments
 from kaleido_jax.errors import UserError
 
@@ -173,6 +173,7 @@ def sample(args: argparse.Namespace) -> None:
 
 VERBS = {
     "annotate": (cli_annotate.add_annotate, cli_annotate.annotate),
+    "build": (cli_build.add_build, cli_build.build),
     "demo": (arguments.add_demo, demo),
     "doctor": (arguments.add_doctor, doctor),
     "train": (arguments.add_train, train),
