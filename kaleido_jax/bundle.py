@@ -1,28 +1,36 @@
 """A model to use: config, parameters and vocabulary, from a workdir, checkpoint or export.
 
-An export is one folder: config.json, model.safetensors, tokenizer.model, manifest.json.
+An export is one folder: config.json, model.safetensors, tokenizer.model, README.md (the model card)
+and manifest.json. An import of other weights is such a folder too, perhaps of some parts only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 import shutil
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.traverse_util as traverse
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kaleido_jax import checkpoint
+from kaleido_jax import checkpoint, tensor_files
 from kaleido_jax import config as config_lib
 from kaleido_jax.errors import UserError
+from kaleido_jax.model_card import model_card
 from kaleido_jax.tokens import Vocabulary
 from kaleido_jax.types import Params
 
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.model", "model.safetensors"
+CARD, MANIFEST = "README.md", "manifest.json"
+DTYPES = ("float32", "bfloat16", "float16")
+# Files of an export that decide what the model does; people may edit the card.
+ESSENTIAL = (CONFIG, TOKENIZER, WEIGHTS)
 
 # Fields that a run may change when it goes on: none of them moves the numbers of past steps.
 FREE_FIELDS = (
@@ -83,38 +91,90 @@ def start_workdir(workdir: pathlib.Path, config: ConfigDict, vocabulary: Vocabul
     checkpoint.write_bytes(workdir / TOKENIZER, vocabulary.model)
 
 
-def save(folder: str | os.PathLike, bundle: Bundle, dtype: str = "float32") -> pathlib.Path:
-    """Writes an export folder beside its place and renames it; `dtype` is of the weights.
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """A folder to fill beside `folder`, renamed to it at the end, or removed if anything fails.
+
+    Raises:
+      UserError: if `folder` already exists, or cannot be made.
+    """
+    folder = pathlib.Path(folder)
+    if folder.exists() or folder.is_symlink():
+        raise UserError(f"{folder} already exists; name a new folder")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, folder)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"cannot write {folder}: {reason}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save(
+    folder: str | os.PathLike,
+    bundle: Bundle,
+    dtype: str = "float32",
+    tick: Callable[[int], None] = lambda size: None,
+) -> pathlib.Path:
+    """Writes an export folder beside its place and renames it, one tensor in memory at a time.
+
+    Args:
+      dtype: of the weights in the file, of DTYPES.
+      tick: called with the bytes of each tensor that is written.
 
     Raises:
       UserError: if `folder` already exists.
     """
-    from safetensors.numpy import save_file
+    tensors = traverse.flatten_dict(dict(bundle.params), sep="/")
+    vocabulary, made_from = bundle.vocabulary, bundle.fingerprint
+    return write_export(folder, bundle.config, vocabulary, tensors, dtype, made_from, tick)
 
-    folder = pathlib.Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} already exists; name a new folder")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        flat = traverse.flatten_dict(jax.device_get(bundle.params), sep="/")
-        arrays = {k: np.ascontiguousarray(np.asarray(v).astype(dtype)) for k, v in flat.items()}
-        save_file(arrays, temporary / WEIGHTS)
-        (temporary / CONFIG).write_text(config_lib.to_json(bundle.config))
-        (temporary / TOKENIZER).write_bytes(bundle.vocabulary.model)
-        manifest = {"version": 1, "made_from": bundle.fingerprint}
+
+def write_export(
+    folder: str | os.PathLike,
+    config: ConfigDict,
+    vocabulary: Vocabulary | None,
+    tensors: tensor_files.Tensors,
+    dtype: str | None,
+    made_from: str,
+    tick: Callable[[int], None] = lambda size: None,
+) -> pathlib.Path:
+    """Writes an export folder of tensors that may be read one by one; arguments as `save`.
+
+    Args:
+      vocabulary: None where it is not known; the folder then serves training alone.
+      tensors: by our names, 'denoiser/trunk/..'.
+      dtype: of the weights in the file; None is their own.
+      made_from: what the model card and the manifest say of where they come from.
+    """
+    if dtype not in (*DTYPES, None):
+        raise UserError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)}")
+    parts: dict[str, int] = {}
+    for name, value in tensors.items():
+        part = name.partition("/")[0]
+        parts[part] = parts.get(part, 0) + math.prod(value.shape)
+    with new_folder(folder) as temporary:
+        tensor_files.write(temporary / WEIGHTS, tensors, dtype, tick)
+        (temporary / CONFIG).write_text(config_lib.to_json(config))
+        if vocabulary is not None:
+            (temporary / TOKENIZER).write_bytes(vocabulary.model)
+        card = model_card(config, parts, made_from, dtype or "as imported")
+        (temporary / CARD).write_text(card, "utf-8")
+        manifest = {"version": 1, "made_from": made_from, "parts": parts}
         manifest["files"] = checkpoint.hash_files(temporary)
-        checkpoint.write_json(temporary / "manifest.json", manifest)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+        checkpoint.write_json(temporary / MANIFEST, manifest)
+    return pathlib.Path(folder)
 
 
 def load(folder: str | os.PathLike, step: int | None = None) -> Bundle:
     """Opens a workdir (its newest whole checkpoint, or `step`) or an export folder.
 
-    Parameters come as numpy arrays: the running average where there is one, in float32.
+    Parameters come as numpy arrays: the running average where there is one. Those of an export
+    in float32 or bfloat16 stay on disk, mapped into memory, until something reads them; float16
+    becomes float32.
 
     Raises:
       UserError: nothing is there, or what is there is damaged.
@@ -127,32 +187,53 @@ def load(folder: str | os.PathLike, step: int | None = None) -> Bundle:
         if not digits.isdigit():
             raise UserError(f"checkpoint folder {folder} is not named step_ and a number")
         return load(folder.parent.parent, int(digits))
-    config_path = folder / CONFIG
-    if not config_path.is_file():
-        raise UserError(f"{folder} is not a workdir or export: it has no {CONFIG}")
-    config = config_lib.from_json(config_path.read_text(), str(config_path))
+    config = read_config(folder)
     tokenizer = folder / TOKENIZER
     if not tokenizer.is_file():
-        raise UserError(f"{folder} is not a workdir or export: it has no {TOKENIZER}")
+        hint = "import it with --tokenizer" if (folder / WEIGHTS).is_file() else "give another"
+        raise UserError(f"{folder} cannot be sampled: it has no {TOKENIZER}; {hint}")
     vocabulary = Vocabulary.from_file(str(tokenizer), num_vokens=config.vocabulary.num_vokens)
     if (folder / WEIGHTS).is_file():
-        params, fingerprint = _read_export(folder)
+        params = traverse.unflatten_dict(read_tensors(folder), sep="/")
+        params, fingerprint = _as_computed(params), checkpoint.manifest_hash(folder)
     else:
         params, fingerprint = _read_checkpoint(folder, step)
     return Bundle(config, params, vocabulary, fingerprint)
 
 
-def _read_export(folder: pathlib.Path) -> tuple[dict[str, Any], str]:
-    from safetensors.numpy import load_file
+def read_config(folder: pathlib.Path) -> ConfigDict:
+    """The config of a workdir or export; UserError where there is none or it is no config."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} is not a workdir or export: it has no {CONFIG}")
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    config = config_lib.from_json(text, str(path))
+    config_lib.check_kept(config, str(path))
+    return config
 
-    problem = checkpoint.manifest_problem(folder)
+
+def read_tensors(folder: pathlib.Path) -> dict[str, tensor_files.Tensor]:
+    """The tensors of a whole export by our names; UserError where it is damaged."""
+    problem = checkpoint.manifest_problem(folder, ESSENTIAL)
     if problem:
         raise UserError(f"export {folder} is damaged: {problem}")
-    flat = load_file(folder / WEIGHTS)
-    params = traverse.unflatten_dict(
-        {name: np.asarray(value, np.float32) for name, value in flat.items()}, sep="/"
-    )
-    return params, checkpoint.manifest_hash(folder)
+    tensors = tensor_files.read(folder / WEIGHTS)
+    paths = [name.split("/") for name in tensors]
+    groups = {"/".join(path[:i]) for path in paths for i in range(1, len(path))}
+    for name, path in zip(tensors, paths, strict=True):
+        if name in groups or "" in path:
+            raise UserError(f"{folder / WEIGHTS}: {name!r} is not the name of a parameter")
+    return tensors
+
+
+def _as_computed(tree: Any) -> Any:
+    """Arrays of the tensors in a tree; no network of ours computes in float16."""
+    if isinstance(tree, Mapping):
+        return {name: _as_computed(value) for name, value in tree.items()}
+    return np.asarray(tree, np.float32 if tree.dtype == np.float16 else None)
 
 
 def _read_checkpoint(folder: pathlib.Path, step: int | None) -> tuple[dict[str, Any], str]:

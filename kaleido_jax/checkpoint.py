@@ -1,7 +1,8 @@
 """Checkpoints: orbax state, metadata, and a manifest of hashes written last.
 
 A step is whole only when its manifest is there and every file bears the hash that it names;
-anything else is never "latest" and never silently used.
+anything else is never "latest" and never silently used. Orbax itself is imported where a state is
+written or read: an export needs the hashes alone.
 
     WORKDIR/checkpoints/step_00001000/{state/, meta.json, manifest.json}
 """
@@ -15,12 +16,11 @@ import pathlib
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from kaleido_jax.errors import UserError
 
@@ -46,10 +46,17 @@ def write_bytes(path: pathlib.Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def hash_files(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """SHA-256 and size of every file under `folder` except its manifest, by relative path."""
+def hash_files(
+    folder: pathlib.Path, only: Collection[str] | None = None
+) -> dict[str, dict[str, Any]]:
+    """SHA-256 and size of every file under `folder` except its manifest, by relative path.
+
+    Args:
+      only: relative paths of the files that count; all by default.
+    """
     result = {}
-    for path in sorted(folder.rglob("*")):
+    paths = folder.rglob("*") if only is None else (folder / name for name in only)
+    for path in sorted(paths):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != "manifest.json":
             with open(path, "rb") as file:
@@ -58,19 +65,26 @@ def hash_files(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     return result
 
 
-def manifest_problem(folder: pathlib.Path) -> str | None:
-    """What is wrong with a step or export folder against its manifest; None if it is whole."""
+def manifest_problem(folder: pathlib.Path, only: Collection[str] | None = None) -> str | None:
+    """What is wrong with a step or export folder against its manifest; None if it is whole.
+
+    Args:
+      only: names to which the comparison is limited; every file by default.
+    """
     try:
-        wanted = json.loads((folder / "manifest.json").read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        wanted = dict(json.loads((folder / "manifest.json").read_text())["files"])
+        wanted = {name: str(entry["sha256"]) for name, entry in wanted.items()}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "its manifest.json is missing or unreadable"
-    found = hash_files(folder)
+    found = hash_files(folder, only)
+    if only is not None:
+        wanted = {name: digest for name, digest in wanted.items() if name in only}
     for name in sorted(wanted.keys() | found.keys()):
         if name not in found:
             return f"{name} is missing"
         if name not in wanted:
             return f"{name} is not in the manifest"
-        if found[name]["sha256"] != wanted[name]["sha256"]:
+        if found[name]["sha256"] != wanted[name]:
             return f"{name} differs from the manifest"
     return None
 
@@ -78,6 +92,12 @@ def manifest_problem(folder: pathlib.Path) -> str | None:
 def manifest_hash(folder: pathlib.Path) -> str:
     """A short name for the exact content of a whole folder: the hash of its manifest."""
     return hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:16]
+
+
+def _orbax() -> Any:
+    import orbax.checkpoint
+
+    return orbax.checkpoint
 
 
 class Checkpoints:
@@ -106,6 +126,7 @@ class Checkpoints:
             # Only a step that was interrupted before its manifest can be in the way.
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
+        ocp = _orbax()
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             checkpointer.save(folder / "state", args=ocp.args.PyTreeSave(dict(state)))
         write_json(folder / "meta.json", dict(meta))
@@ -134,6 +155,7 @@ class Checkpoints:
         Raises:
           UserError: if the saved tree does not have the template's names or shapes.
         """
+        ocp = _orbax()
 
         def restore_args(leaf):
             if getattr(leaf, "sharding", None) is None:
@@ -170,6 +192,7 @@ class Checkpoints:
 
     def saved_shapes(self, step: int) -> dict[str, Any]:
         """The saved tree with `jax.ShapeDtypeStruct` leaves, as nested dictionaries."""
+        ocp = _orbax()
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             metadata = checkpointer.metadata(self.step_folder(step) / "state")
         tree = getattr(metadata, "item_metadata", metadata)

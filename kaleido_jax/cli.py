@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import kaleido_jax
+from kaleido_jax import cli_annotate, cli_build
 from kaleido_jax import cli_arguments as arguments
 from kaleido_jax.errors import UserError
 
@@ -50,12 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
-    """The arguments of one verb, `run` its function, `overrides` the `--config.a.b=VALUE` words.
+    """The arguments of one verb, `run` its function.
+
+    `overrides` has the `--config.a.b=VALUE` words of `train`, `beam` the words after `--`, which
+    the verbs in BEAM_VERBS hand on.
 
     Raises:
       UserError: an unknown verb or argument (naming the nearest), a value out of range.
       SystemExit: after --help and --version.
     """
+    words, beam = _split_beam(words)
+    if " ".join(words[:2]) in VERBS:
+        words = [" ".join(words[:2]), *words[2:]]
     verb = words[0] if words else ""
     if not verb.startswith("-") and verb not in VERBS:
         what = f"unknown verb {verb!r}{_nearest(verb, VERBS)}" if verb else "which verb?"
@@ -66,9 +73,20 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
             raise UserError(f"{word}: only `kaleido train` takes overrides")
         if "=" not in word:
             raise UserError(f"{word}: write --config.a.b=VALUE, with the equals sign")
+    if beam is not None and verb not in BEAM_VERBS:
+        raise UserError(f"{verb}: only {' and '.join(BEAM_VERBS)} take Beam's words after --")
     args = build_parser().parse_args([word for word in words if word not in overrides])
-    args.overrides = overrides
+    args.overrides, args.beam = overrides, beam or []
     return args
+
+
+def _split_beam(words: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """The words before `--`, and those after it; None without it."""
+    words = list(words)
+    if "--" not in words:
+        return words, None
+    place = words.index("--")
+    return words[:place], words[place + 1 :]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -146,6 +164,7 @@ def sample(args: argparse.Namespace) -> None:
         "batch_size": args.batch_size,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    given |= dict(args.setting)
     output = pipe(prompts, num_images=args.num, seed=args.seed, **given)
     generate.write_outputs(output, args.out)
     for warning in output.warnings:
@@ -154,11 +173,14 @@ def sample(args: argparse.Namespace) -> None:
 
 
 VERBS = {
+    "annotate": (cli_annotate.add_annotate, cli_annotate.annotate),
+    "build": (cli_build.add_build, cli_build.build),
     "demo": (arguments.add_demo, demo),
     "doctor": (arguments.add_doctor, doctor),
     "train": (arguments.add_train, train),
     "sample": (arguments.add_sample, sample),
 }
+BEAM_VERBS = ("annotate", "build")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -15,7 +15,7 @@ MAX_SEED = 2**32 - 1
 
 def add_demo(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:
     """`kaleido demo`."""
-    parser = _add(
+    parser = add_verb(
         verbs,
         name,
         "train in small, sample, compare with the baseline, write a page",
@@ -49,7 +49,7 @@ def add_demo(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentP
 
 def add_doctor(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:
     """`kaleido doctor`."""
-    return _add(
+    return add_verb(
         verbs,
         name,
         "report devices, memory, versions and extras, and what to mend",
@@ -61,7 +61,7 @@ def add_doctor(verbs: argparse._SubParsersAction, name: str) -> argparse.Argumen
 
 def add_train(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:
     """`kaleido train`."""
-    parser = _add(
+    parser = add_verb(
         verbs,
         name,
         "train a model by a config; run it again to go on where it stopped",
@@ -93,14 +93,15 @@ def add_train(verbs: argparse._SubParsersAction, name: str) -> argparse.Argument
 
 def add_sample(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:
     """`kaleido sample`."""
-    parser = _add(
+    parser = add_verb(
         verbs,
         name,
         "draw latents and pictures for prompts",
         """
         kaleido sample --checkpoint runs/shapes --prompt "dawn: a red shape" --out out
         kaleido sample --checkpoint runs/shapes --prompts prompts.txt --num 8 --guidance 4
-        kaleido sample --checkpoint runs/shapes --prompt "a shape" --sampler ddim --steps 50
+        kaleido sample --checkpoint runs/shapes --prompt "a shape" --sampler dpmpp --steps 20
+        kaleido sample --checkpoint runs/shapes --prompt "a shape" --setting guidance=apg
 
         A prompt file is UTF-8 text with one prompt a line, or .jsonl with {"prompt": "..."} lines.
         What is not given is taken from the checkpoint's config.
@@ -134,7 +135,7 @@ def add_sample(verbs: argparse._SubParsersAction, name: str) -> argparse.Argumen
     parser.add_argument(
         "--steps", type=whole(1, MAX_STEPS), metavar="S", help=f"denoising steps, 1 to {MAX_STEPS}"
     )
-    parser.add_argument("--sampler", metavar="NAME", help="ddpm or ddim")
+    parser.add_argument("--sampler", metavar="NAME", help="ddpm, ddim, dpmpp or heun")
     parser.add_argument(
         "--seed",
         type=whole(0, MAX_SEED),
@@ -159,6 +160,14 @@ def add_sample(verbs: argparse._SubParsersAction, name: str) -> argparse.Argumen
         type=number(0.0, 1.0, open_below=True),
         metavar="P",
         help="latent tokens only from the smallest set of probability P",
+    )
+    parser.add_argument(
+        "--setting",
+        type=setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other sampling setting of docs/sampling.md; may be given several times",
     )
     parser.add_argument(
         "--batch-size",
@@ -211,6 +220,14 @@ def number(
     return read
 
 
+def setting(text: str) -> tuple[str, str | list[str]]:
+    """An argparse type: NAME=VALUE, where commas make a list (guidance_interval=0.3,0.85)."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value.split(",") if "," in value else value
+
+
 def need_folder(path: pathlib.Path, flag: str) -> None:
     """Refuses a path that is not a folder; raises UserError."""
     if not path.exists():
@@ -219,9 +236,10 @@ def need_folder(path: pathlib.Path, flag: str) -> None:
         raise UserError(f"{flag}: {path} is a file; a folder is needed")
 
 
-def _add(
+def add_verb(
     verbs: argparse._SubParsersAction, name: str, summary: str, examples: str
 ) -> argparse.ArgumentParser:
+    """A verb's parser with its one-line summary and its examples."""
     lines = [line.removeprefix(" " * 8) for line in examples.strip("\n").rstrip().split("\n")]
     return verbs.add_parser(
         name,

@@ -190,11 +190,43 @@ def from_json(text: str, where: str) -> ml_collections.ConfigDict:
     """Reads `to_json`'s output back (lists become tuples); `where` names it in errors."""
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+        if not isinstance(data, dict):
+            raise UserError(f"{where}: a config must be a JSON object")
+        return ml_collections.ConfigDict(_tuples(data)).lock()
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{where}: a config must be a JSON object")
-    return ml_collections.ConfigDict(_tuples(data)).lock()
+
+
+def check_kept(config: ml_collections.ConfigDict, where: str) -> None:
+    """Refuses a config from a file that lacks what generation reads; raises UserError.
+
+    What `configs/base.py` has in the groups data, vocabulary, diffusion and sample must be there,
+    of the same type; `where` names the file.
+    """
+    have = dict(flatten(config))
+    for name, value in flatten(_read_file("base")):
+        group = name.partition(".")[0]
+        if group not in ("data", "vocabulary", "diffusion", "sample") or "source" in name:
+            continue
+        kinds = (int, float) if isinstance(value, float) else type(value)
+        if name not in have:
+            raise UserError(f"{where}: config key {name!r} is missing")
+        wrong_bool = isinstance(have[name], bool) != isinstance(value, bool)
+        if not isinstance(have[name], kinds) or wrong_bool:
+            raise UserError(
+                f"{where}: config key {name!r} is {str(have[name])[:80]!r}; "
+                f"it must be a {type(value).__name__}"
+            )
+    for name in ("text_encoder", "latent_decoder", "denoiser"):
+        group = config.get("model")
+        group = group.get(name) if isinstance(group, ml_collections.ConfigDict) else None
+        if not isinstance(group, ml_collections.ConfigDict):
+            raise UserError(f"{where}: config key 'model.{name}' must be a group of fields")
+    latents = config.get("latents")
+    if not isinstance(latents, tuple) or any(name not in LATENT_NAMES for name in latents):
+        raise UserError(
+            f"{where}: config key 'latents' must be a list of {', '.join(LATENT_NAMES)}"
+        )
 
 
 def _tuples(value: Any) -> Any:

@@ -237,11 +237,12 @@ def read_manifest(folder: str | os.PathLike) -> dict[str, Any]:
     stages = manifest.get("stages") if isinstance(manifest, dict) else None
     if not isinstance(stages, dict) or manifest.get("version") != VERSION:
         raise UserError(f"{path} is not an annotation manifest of version {VERSION}")
-    for stage in stages.values():
-        if not isinstance(stage.get("shards"), dict) or not isinstance(
-            stage.get("config_hash"), str
+    for name, stage in stages.items():
+        wanted = {"shards": dict, "config_hash": str, "counts": dict, "records": int}
+        if not isinstance(stage, dict) or not all(
+            isinstance(stage.get(key), kind) for key, kind in wanted.items()
         ):
-            raise UserError(f"{path}: a stage has no shards or no config_hash")
+            raise UserError(f"{path}: stage {name!r} has no {', '.join(wanted)}")
     return manifest
 
 

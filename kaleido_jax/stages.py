@@ -292,7 +292,13 @@ def place_params(model: Kaleido, params: Params, devices: Mesh, *example: Any) -
     boxed = jax.eval_shape(model.init, jax.random.key(0), *example)["params"]
     want = traverse.flatten_dict(nn.meta.unbox(boxed), sep="/")
     have = traverse.flatten_dict(dict(params), sep="/")
-    problems = [f"{name} is missing" for name in want if name not in have]
+    lacking = {name.partition("/")[0] for name in want} - {n.partition("/")[0] for n in have}
+    problems = [f"{part} is missing whole" for part in sorted(lacking)]
+    problems += [
+        f"{name} is missing"
+        for name in want
+        if name not in have and name.partition("/")[0] not in lacking
+    ]
     for name, value in have.items():
         if name not in want:
             near = difflib.get_close_matches(name, want, n=1)

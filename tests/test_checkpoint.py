@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from kaleido_jax import bundle, checkpoint
+from kaleido_jax import config as config_lib
 from kaleido_jax.checkpoint import Checkpoints
 from kaleido_jax.errors import UserError
 from tests.tiny import tiny_config
+
+TINY = config_lib.to_json(tiny_config())
 
 STATE = {
     "ema": {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)}},
@@ -88,14 +91,14 @@ def a_bundle():
     return bundle.Bundle(cfg, params, bundle.make_vocabulary(cfg), "0123")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_an_export_opens_as_it_was(tmp_path, a_bundle, dtype):
     bundle.save(tmp_path / "out", a_bundle, dtype)
     again = bundle.load(tmp_path / "out")
     assert again.config.to_dict() == a_bundle.config.to_dict()
     assert again.vocabulary.fingerprint == a_bundle.vocabulary.fingerprint
     weights = again.params["denoiser"]["w"]
-    assert weights.dtype == np.float32
+    assert weights.dtype == np.dtype({"float16": "float32"}.get(dtype, dtype))
     np.testing.assert_array_equal(weights, a_bundle.params["denoiser"]["w"])
     with pytest.raises(UserError, match="already exists"):
         bundle.save(tmp_path / "out", a_bundle)
@@ -115,7 +118,8 @@ def test_a_damaged_export_is_refused(tmp_path, a_bundle):
         (lambda d: None, "does not exist"),
         (lambda d: d.mkdir(), "no config.json"),
         (lambda d: (d.mkdir(), (d / "config.json").write_text("{")), "not JSON"),
-        (lambda d: (d.mkdir(), (d / "config.json").write_text("{}")), "no tokenizer.model"),
+        (lambda d: (d.mkdir(), (d / "config.json").write_text("{}")), "is missing"),
+        (lambda d: (d.mkdir(), (d / "config.json").write_text(TINY)), "no tokenizer.model"),
     ],
 )
 def test_what_is_no_checkpoint_is_one_line(tmp_path, make, message):

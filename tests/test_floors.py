@@ -26,11 +26,14 @@ GROUPS = {
         "models": "models",
         "data": "data",
         "annotate": "annotate",
-        "storage": "checkpoint bundle",
+        "storage": "checkpoint bundle tensor_files model_card hub",
     },
     2: {
         "training": "losses optim runlog train",
-        "generation": "decode guidance samplers settings stages written outputs generate",
+        "generation": (
+            "batches decode generate guidance outputs runner samplers settings stages thresholds"
+            " written"
+        ),
         "interop": "interop",
     },
     3: {
@@ -71,9 +74,10 @@ HEAVY = {
     "grain": {"data*"},
     "clu": {"data*", "train", "runlog"},  # its TensorBoard writer, when training starts
     "torch": {"annotate*", "interop"},  # interop reads .pth with weights_only=True
-    "apache_beam": {"annotate*"},
+    "apache_beam": {"annotate*", "data.records"},  # its TFDS builder runs on Beam
     "transformers": {"annotate*"},
     "gradio": {"ui*"},
+    "huggingface_hub": {"hub"},
 }
 
 

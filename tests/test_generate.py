@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from kaleido_jax import bundle, generate, mesh, stages
+from kaleido_jax import bundle, generate, mesh, runner, stages
 from kaleido_jax.configs import shapes, toy
 from kaleido_jax.errors import UserError
 from kaleido_jax.latents import LatentDocument, load_document, read_png
@@ -28,7 +28,7 @@ TOLERANCE = dict(atol=2e-5, rtol=0)
 @pytest.fixture(autouse=True)
 def _few_shapes(monkeypatch):
     """Most tests share the programs compiled for two pictures at once."""
-    monkeypatch.setattr(generate, "DEFAULT_BATCH", 2)
+    monkeypatch.setattr(runner, "DEFAULT_BATCH", 2)
 
 
 def _config(latents=("text",)):

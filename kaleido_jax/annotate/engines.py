@@ -11,9 +11,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kaleido_jax.annotate.describe import hf_engine
+from kaleido_jax.annotate.features import kmeans_engine
+from kaleido_jax.annotate.fsq import fsq_engine
+from kaleido_jax.annotate.models import file_sha256
 from kaleido_jax.annotate.protocols import STAGES, Engine
+from kaleido_jax.annotate.qwen_vl import qwen_vl_engine
+from kaleido_jax.annotate.seed import seed_engine
+from kaleido_jax.annotate.segment import hf_blob_engine
 from kaleido_jax.annotate.synthetic import OracleEngine
 from kaleido_jax.annotate.visual_tokens import VokenEngine
+from kaleido_jax.annotate.vllm import vllm_engine
 from kaleido_jax.errors import UserError
 from kaleido_jax.models.voken_tokenizer import PatchTokenizer
 
@@ -49,15 +57,6 @@ def make_engine(stage: str, spec: str, options: Mapping[str, Any] | None = None)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
             raise UserError(f"engine '{spec}' has no option {option!r}; {hint}")
     return make(stage, argument, **options)
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hex digest of a file. Raises UserError where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _oracle(
@@ -96,5 +95,11 @@ Maker = Callable[..., Engine]
 # Name -> stage -> maker(stage, argument, **options).
 ENGINES: dict[str, dict[str, Maker]] = {
     "oracle": {"text": _oracle, "bbox": _oracle, "blob": _oracle},
+    "hf": {"text": hf_engine, "bbox": hf_engine, "blob": hf_blob_engine},
+    "vllm": {"text": vllm_engine, "bbox": vllm_engine},
+    "qwen-vl": {"text": qwen_vl_engine, "bbox": qwen_vl_engine},
+    "seed": {"voken": seed_engine},
+    "kmeans": {"voken": kmeans_engine},
     "patch": {"voken": _patch},
+    "fsq": {"voken": fsq_engine},
 }

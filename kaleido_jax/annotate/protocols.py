@@ -109,37 +109,38 @@ class Engine(Protocol):
         """One result per example, in order. Never raises for an example."""
 
 
-class Captioner(Protocol):
-    """Says something in words about a picture."""
-
-    def generate(
-        self, images: Sequence[UInt8[np.ndarray, "h w 3"]], prompts: Sequence[str], seed: int | None
-    ) -> list[str]:
-        """Raw answers in order; greedy where `seed` is None, else drawn with it."""
-
-
 @dataclass(frozen=True)
-class Grounding:
-    """A raw answer with boxes.
+class Answer:
+    """What a vision-language model said.
 
     Attributes:
-      raw: the model's words.
-      dialect: how it writes boxes, a name of `repair.DIALECTS`.
-      size: (width, height) in which its coordinates are pixels; (1000, 1000) for thousandths.
+      raw: its words, special tokens and all.
+      truncated: it was stopped before it had ended.
+      size: (width, height) of the picture in the units of its coordinates: (1000, 1000) for
+        thousandths, the resized picture's pixels otherwise.
     """
 
     raw: str
-    dialect: str
+    truncated: bool = False
     size: tuple[float, float] = (1000, 1000)
 
 
+class Captioner(Protocol):
+    """Describes pictures in words."""
+
+    def describe(
+        self, images: Sequence[UInt8[np.ndarray, "h w 3"]], prompts: Sequence[str], seed: int | None
+    ) -> list[Answer]:
+        """Answers in order; greedy where `seed` is None, else drawn with it."""
+
+
 class Grounder(Protocol):
-    """Says what is where in a picture."""
+    """Says what is where in a picture, in its own dialect."""
 
     def ground(
         self, images: Sequence[UInt8[np.ndarray, "h w 3"]], seed: int | None
-    ) -> list[Grounding]:
-        """Raw answers in order; greedy where `seed` is None, else drawn with it."""
+    ) -> list[Answer]:
+        """Answers in order; greedy where `seed` is None, else drawn with it."""
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from kaleido_jax import tokens
-from kaleido_jax.data.reader import Encoder, Reader, Row, key_hash
+from kaleido_jax.data.reader import Encoder, Reader, key_hash
 from kaleido_jax.data.sources import Source
 from kaleido_jax.data.streams import make_stream, permute
 from kaleido_jax.errors import UserError
 from kaleido_jax.types import Batch
 
-__all__ = ["Loader", "collate", "key_hash", "permute"]
+__all__ = ["Loader", "key_hash", "permute"]
 
 _MOST_WORKERS = 16
 
@@ -90,9 +90,9 @@ class Loader:
                 )
         self.source, self.batch_size = source, batch_size
         self.host_index, self.host_count = host_index, host_count
-        encode = Encoder(vocabulary, latents, caption_length, latent_length, image_size)
+        self.encode = Encoder(vocabulary, latents, caption_length, latent_length, image_size)
         self.stream = make_stream(source, seed, shuffle, epoch_length)
-        self.reader = Reader(source, encode, self.stream, max_bad_fraction)
+        self.reader = Reader(source, self.encode, self.stream, max_bad_fraction)
         self.prefetch = max(1, prefetch)
         self.workers = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
 
@@ -124,7 +124,7 @@ class Loader:
         Raises:
           UserError: too many bad records, or a picture of another size.
         """
-        return collate([self.reader.read(int(i)) for i in self.indices(step)])
+        return self.encode.collate([self.reader.read(int(i)) for i in self.indices(step)])
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Batches from step `start` on, without end, made ahead by threads."""
@@ -176,14 +176,4 @@ class Loader:
                     weights[place] = 0
                     row = self.reader.read((int(index) + 1) % count)
                 rows.append(row)
-            yield collate(rows), weights
-
-
-def collate(rows: Sequence[Row]) -> Batch:
-    """The batch of some rows."""
-    return Batch(
-        caption_tokens=np.stack([row.caption for row in rows]),
-        latent_tokens=np.stack([row.latents for row in rows]),
-        image=np.stack([row.image for row in rows]),
-        key_hash=np.array([row.hash for row in rows], np.uint32),
-    )
+            yield self.encode.collate(rows), weights

@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, Shaped
+from jaxtyping import Shaped
 
 from kaleido_jax import tokens
 from kaleido_jax.data.sources import RecordError, Source
 from kaleido_jax.data.streams import Stream
 from kaleido_jax.errors import UserError
 from kaleido_jax.latents.errors import LatentError
+from kaleido_jax.types import Batch
 
 _LOG = logging.getLogger(__name__)
 _LEAST_READS = 100  # fewer reads say little about the share of bad records
 _STAND_INS = 50
+
+Example = Mapping[str, Any]
 
 
 def key_hash(key: str) -> int:
@@ -31,20 +34,20 @@ class Row(NamedTuple):
     """One example of a batch.
 
     Attributes:
-      caption: ids, EOS included, 0 = padding.
+      key: of the record.
+      caption: ids, EOS included, without padding.
       latents: ids likewise; empty without latents.
       image: uint8 pixels, or floating point values of a toy.
-      hash: `key_hash` of the record's key.
     """
 
-    caption: Int32[np.ndarray, " lc"]
-    latents: Int32[np.ndarray, " lz"]
+    key: str
+    caption: list[int]
+    latents: list[int]
     image: Shaped[np.ndarray, "h w c"]
-    hash: int
 
 
 class Encoder:
-    """Examples to rows: captions and latents as ids of fixed length.
+    """Examples to rows: captions and latents as ids of bounded length.
 
     Args:
       vocabulary: makes the ids.
@@ -73,7 +76,7 @@ class Encoder:
         self.latent_length = latent_length if latents else 0
         self.image_size = image_size
 
-    def __call__(self, example: Mapping[str, Any]) -> Row:
+    def __call__(self, example: Example) -> Row:
         """The row of an example {key, image, caption, latents}.
 
         Raises:
@@ -92,11 +95,15 @@ class Encoder:
             latents = self.vocabulary.encode_latents(
                 example["latents"], self.latents, self.latent_length
             )
-        return Row(
-            tokens.pad(caption, self.caption_length),
-            tokens.pad(latents, self.latent_length),
-            image,
-            key_hash(example["key"]),
+        return Row(example["key"], caption, latents, image)
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        """The batch of some rows, ids padded to the lengths."""
+        return Batch(
+            caption_tokens=np.stack([tokens.pad(r.caption, self.caption_length) for r in rows]),
+            latent_tokens=np.stack([tokens.pad(r.latents, self.latent_length) for r in rows]),
+            image=np.stack([row.image for row in rows]),
+            key_hash=np.array([key_hash(row.key) for row in rows], np.uint32),
         )
 
 
@@ -120,23 +127,28 @@ class Reader:
         self._reads = self._bad_reads = 0
         self._lock = threading.Lock()
 
-    def read(self, index: int) -> Row:
+    def read(self, index: int, load: Callable[[], Example] | None = None) -> Row:
         """Row `index`, or that of the stand-in that its number names.
+
+        Args:
+          load: gives example `index`; by default the source does.
 
         Raises:
           UserError: too many bad records.
         """
-        row = self.try_read(index)
+        row = self.try_read(index, load=load)
         for attempt in range(1, _STAND_INS + 1):
             if row is not None:
                 return row
             row = self.try_read(self.stream.stand_in(index, attempt), counted=False)
         raise UserError(f"{_STAND_INS} records in a row cannot be read; the last: {self._last()}")
 
-    def try_read(self, index: int, counted: bool = True) -> Row | None:
+    def try_read(
+        self, index: int, counted: bool = True, load: Callable[[], Example] | None = None
+    ) -> Row | None:
         """Row `index`, or None for a bad record; stand-ins do not count for the share."""
         try:
-            row, error = self.encode(self.source[index]), None
+            row, error = self.encode(load() if load else self.source[index]), None
         except (RecordError, LatentError) as caught:
             row, error = None, caught
         with self._lock:

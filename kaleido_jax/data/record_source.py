@@ -19,7 +19,12 @@ from typing import Any
 from kaleido_jax.data import tf_example
 from kaleido_jax.data.record_files import FileError, RecordFile, ShardName
 from kaleido_jax.data.sources import RecordError
-from kaleido_jax.data.transforms import ImageError, decode_image, square_picture
+from kaleido_jax.data.transforms import (
+    ImageError,
+    decode_image,
+    decode_plain_jpeg,
+    square_picture,
+)
 from kaleido_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -81,15 +86,14 @@ class RecordSource:
           IndexError: a number that is not in the data set.
           RecordError: a record that cannot be read.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        place = bisect.bisect_right(self._ends, index)
-        file = self._files[place]
-        within = index - (self._ends[place - 1] if place else 0)
-        where = f"{file.path}: record {within}"
+        return self.parse(self.raw(index), index)
+
+    def parse(self, raw: bytes, index: int) -> dict[str, Any]:
+        """The record `encoded(index)` of what `raw(index)` gave. Raises RecordError."""
+        where = self._place(index)
         try:
-            features = tf_example.read(file.read(within))
-            where = f"{file.path}: {_text(features, 'key')}"
+            features = tf_example.read(raw)
+            where = f"{self._find(index)[0].path}: {_text(features, 'key')}"
             return {
                 "key": _text(features, "key"),
                 "image": _one(features, "image", bytes),
@@ -98,8 +102,27 @@ class RecordSource:
                 "caption": _text(features, "caption"),
                 "latents": {name: _text(features, name) for name in self.latents},
             }
-        except (FileError, tf_example.ExampleError, UnicodeDecodeError) as error:
+        except (tf_example.ExampleError, UnicodeDecodeError) as error:
             raise RecordError(where, str(error)) from error
+
+    def raw(self, index: int) -> bytes:
+        """One record as the file holds it, a tf.train.Example. Raises as `encoded`."""
+        file, within = self._find(index)
+        try:
+            return file.read(within)
+        except FileError as error:
+            raise RecordError(self._place(index), str(error)) from error
+
+    def _place(self, index: int) -> str:
+        file, within = self._find(index)
+        return f"{file.path}: record {within}"
+
+    def _find(self, index: int) -> tuple[RecordFile, int]:
+        """The file of a record, and its number within; raises IndexError."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place = bisect.bisect_right(self._ends, index)
+        return self._files[place], index - (self._ends[place - 1] if place else 0)
 
     def decode(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """The example of a record: its picture decoded, uint8 [size, size, 3].
@@ -108,7 +131,9 @@ class RecordSource:
           RecordError: a picture that cannot be read, or of another size than the record says.
         """
         try:
-            image, _ = decode_image(record["image"], least_side=1)
+            image = decode_plain_jpeg(record["image"], record["width"], record["height"])
+            if image is None:
+                image, _ = decode_image(record["image"], least_side=1)
         except ImageError as error:
             raise RecordError(f"{self.folder}: {record['key']}", str(error)) from error
         if image.shape[:2] != (record["height"], record["width"]):

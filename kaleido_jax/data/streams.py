@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -59,11 +59,11 @@ def _mix(x: np.ndarray) -> np.ndarray:
 class Mixture:
     """Several sources mixed at fixed rates; as a Source, one after the other.
 
+    A mixture across latent types mixes sources of the same records that give different latents.
+
     Args:
       sources: name -> source. Names are part of the order: another name, another order.
       rates: name -> share of the stream, relative to the others; decimals are taken exactly.
-      latents: name -> the latents that examples of this source keep, for a mixture across latent
-        types; the others become "". Names that are absent keep all.
 
     Attributes:
       names: in order.
@@ -75,12 +75,7 @@ class Mixture:
         common block is over LARGEST_BLOCK.
     """
 
-    def __init__(
-        self,
-        sources: Mapping[str, Source],
-        rates: Mapping[str, float],
-        latents: Mapping[str, Sequence[str]] | None = None,
-    ):
+    def __init__(self, sources: Mapping[str, Source], rates: Mapping[str, float]):
         if not sources or set(sources) != set(rates):
             raise UserError(
                 f"a mixture needs a rate for each source: sources {', '.join(sources) or 'none'}; "
@@ -93,11 +88,6 @@ class Mixture:
             if count < 1:
                 raise UserError(f"mixture: {name} has no examples")
         self.quotas = _quotas({name: rates[name] for name in self.names})
-        kept = latents or {}
-        for name in kept:
-            if name not in self.names:
-                raise UserError(f"mixture: latents for {name!r}, which is not mixed")
-        self._kept = tuple(frozenset(kept[n]) if n in kept else None for n in self.names)
         self._starts = np.cumsum((0, *self.counts))
 
     def __len__(self) -> int:
@@ -112,15 +102,7 @@ class Mixture:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         part, number = self.part_of(index)
-        return self.keep(part, self.sources[part][number])
-
-    def keep(self, part: int, example: dict[str, Any]) -> dict[str, Any]:
-        """An example of a part with the latents that this part keeps."""
-        kept = self._kept[part]
-        if kept is None:
-            return example
-        latents = {n: v if n in kept else "" for n, v in example["latents"].items()}
-        return {**example, "latents": latents}
+        return self.sources[part][number]
 
 
 def _quotas(rates: Mapping[str, float]) -> tuple[int, ...]:

@@ -179,6 +179,34 @@ def decode_image(
     return pixels, orientation if orientation in _TURNS else 1
 
 
+def decode_plain_jpeg(
+    data: bytes, width: int, height: int
+) -> UInt8[np.ndarray, "height width 3"] | None:
+    """A JPEG of three components and that size, as `decode_image` gives it, in less time.
+
+    None for anything else, truncated data among it: `decode_image` knows what to do or to say.
+    """
+    if not data.startswith(b"\xff\xd8") or not data.endswith(b"\xff\xd9"):
+        return None
+    if _jpeg_frame(data) != (8, height, width, 3) or width * height > MAX_PIXELS:
+        return None
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+
+
+def _jpeg_frame(data: bytes) -> tuple[int, int, int, int] | None:
+    """(bits, height, width, components) of a baseline or progressive JPEG's frame header."""
+    at = 2
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        kind, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if kind in (0xC0, 0xC1, 0xC2):
+            return struct.unpack_from(">BHHB", data, at + 4)
+        if kind in (0xDA, 0xD9) or length < 2:
+            return None
+        at += 2 + length
+    return None
+
+
 def _to_rgb(image: Image.Image) -> np.ndarray:
     image.load()
     if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips instead of scaling

@@ -82,7 +82,7 @@ class WebDatasetSource:
         """One example. Raises RecordError for a record that cannot be used."""
         record = self._records[index]
         with _naming(record):
-            stored = self._stored(record)
+            stored = _stored(record)
             image, frame, size = training_picture(stored["image"], self.size)
             objects = oracle.read_objects(stored["metadata"], frame, size)[: self.max_objects]
             latents = {
@@ -100,7 +100,7 @@ class WebDatasetSource:
 
     def key(self, index: int) -> str:
         """The key of an example, from the index alone."""
-        return self._key(self._records[index])
+        return record_key(self._records[index])
 
     def encoded(self, index: int) -> dict[str, Any]:
         """An example as it is stored: {key, image: bytes, caption, metadata: the JSON object}.
@@ -108,37 +108,7 @@ class WebDatasetSource:
         Raises:
           RecordError: a record whose members or texts cannot be read; the picture is not decoded.
         """
-        record = self._records[index]
-        with _naming(record):
-            return self._stored(record)
-
-    def _stored(self, record: ShardRecord) -> dict[str, Any]:
-        extension = next(name for name in IMAGES if name in record.members)
-        image = self._member(record, extension)
-        metadata = oracle.read_metadata(
-            self._member(record, "json") if "json" in record.members else b"{}"
-        )
-        if "txt" in record.members:
-            caption = self._member(record, "txt").decode("utf-8").strip()
-        else:
-            caption = oracle.caption(metadata)
-        return {
-            "key": self._key(record),
-            "image": image,
-            "caption": caption,
-            "metadata": metadata,
-        }
-
-    def _key(self, record: ShardRecord) -> str:
-        return f"{record.shard.stem}/{record.key}"
-
-    def _member(self, record: ShardRecord, extension: str) -> bytes:
-        offset, size = record.members[extension]
-        with open(record.shard, "rb") as file:
-            data = os.pread(file.fileno(), size, offset)
-        if len(data) != size:
-            raise ImageError(f"the shard ends within .{extension}")
-        return data
+        return stored_record(self._records[index])
 
     # ---- the index ------------------------------------------------------------------------
 
@@ -169,6 +139,41 @@ class WebDatasetSource:
     def _leave_out(self, place: str, reason: str) -> None:
         self.bad[place] = reason
         _LOG.warning("left out %s: %s", place, reason)
+
+
+def record_key(record: ShardRecord) -> str:
+    """The key of a record among all shards: `SHARD/KEY`."""
+    return f"{record.shard.stem}/{record.key}"
+
+
+def stored_record(record: ShardRecord) -> dict[str, Any]:
+    """A record as it is stored: {key, image: bytes, caption, metadata: the JSON object}.
+
+    Raises:
+      RecordError: members or texts that cannot be read; the picture is not decoded.
+    """
+    with _naming(record):
+        return _stored(record)
+
+
+def _stored(record: ShardRecord) -> dict[str, Any]:
+    extension = next(name for name in IMAGES if name in record.members)
+    image = _member(record, extension)
+    metadata = oracle.read_metadata(_member(record, "json") if "json" in record.members else b"{}")
+    if "txt" in record.members:
+        caption = _member(record, "txt").decode("utf-8").strip()
+    else:
+        caption = oracle.caption(metadata)
+    return {"key": record_key(record), "image": image, "caption": caption, "metadata": metadata}
+
+
+def _member(record: ShardRecord, extension: str) -> bytes:
+    offset, size = record.members[extension]
+    with open(record.shard, "rb") as file:
+        data = os.pread(file.fileno(), size, offset)
+    if len(data) != size:
+        raise ImageError(f"the shard ends within .{extension}")
+    return data
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ class PatchTokenizer:
 
     def encode(self, images: UInt8[np.ndarray, "n h w 3"]) -> Int[np.ndarray, "n 32"]:
         """Ids of square pictures, patches row by row."""
-        patches = _patches(images)
+        patches = all_patches(images)
         features = (patches - self.mean) @ self.basis.T
         distances = self._squares - 2 * features @ self.centres.T  # but for a term of the row
         return distances.argmin(1).reshape(len(images), ROWS * COLUMNS)
@@ -122,15 +122,8 @@ def fit(
     """
     from sklearn.cluster import MiniBatchKMeans  # heavy, and needed here only
 
-    patches = _patches(images)
-    if not 1 <= components <= _VALUES:
-        raise UserError(f"vokens: {components} components; there can be 1 to {_VALUES}")
-    mean = patches.mean(0)
-    _, vectors = np.linalg.eigh(np.cov(patches - mean, rowvar=False))
-    basis = vectors[:, ::-1][:, :components].T
-    # The sign of a component is free: its largest entry is made positive.
-    largest = np.abs(basis).argmax(1)
-    basis = basis * np.sign(basis[np.arange(len(basis)), largest])[:, None]
+    patches = all_patches(images)
+    mean, basis = principal_components(patches, components)
     # Plain patches are the same by the thousand; by their full weight they would take most codes.
     distinct, counts = np.unique(patches, axis=0, return_counts=True)
     if len(distinct) < num_codes:
@@ -141,8 +134,26 @@ def fit(
     return PatchTokenizer(mean, basis, model.cluster_centers_)
 
 
-def _patches(images: np.ndarray) -> Float[np.ndarray, "m v"]:
-    """All patches of all pictures, values in [-1, 1]."""
+def principal_components(
+    rows: Float[np.ndarray, "m v"], count: int
+) -> tuple[Float[np.ndarray, " v"], Float[np.ndarray, "count v"]]:
+    """Mean and the `count` directions of greatest variance, orthonormal, greatest first.
+
+    Raises:
+      UserError: more components than values.
+    """
+    if not 1 <= count <= rows.shape[1]:
+        raise UserError(f"vokens: {count} components; there can be 1 to {rows.shape[1]}")
+    mean = rows.mean(0)
+    _, vectors = np.linalg.eigh(np.cov(rows - mean, rowvar=False))
+    basis = vectors[:, ::-1][:, :count].T
+    # The sign of a component is free: its largest entry is made positive.
+    largest = np.abs(basis).argmax(1)
+    return mean, basis * np.sign(basis[np.arange(len(basis)), largest])[:, None]
+
+
+def all_patches(images: UInt8[np.ndarray, "n h w 3"]) -> Float[np.ndarray, "m v"]:
+    """The 32 patches of 96 values in [-1, 1] of each square picture, row by row."""
     small = np.stack([_resize(image, _SIDE) for image in images]).astype(np.float32)
     small = (small - 127.5) / 127.5
     grid = small.reshape(-1, ROWS, _PATCH[0], COLUMNS, _PATCH[1], 3).transpose(0, 1, 3, 2, 4, 5)
