@@ -94,9 +94,7 @@ def qwen(folder: Path, kind: str = "qwen2_5_vl") -> Path:
     }
     if kind == "qwen2_vl":
         vision["hidden_size"] = text["hidden_size"]  # the size of its output there
-    config = AutoConfig.for_model(
-        kind, text_config=text, vision_config=vision, **_token_ids(made)
-    )
+    config = AutoConfig.for_model(kind, text_config=text, vision_config=vision, **_token_ids(made))
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
     model.generation_config.eos_token_id = made.eos_token_id
@@ -114,3 +112,170 @@ def qwen(folder: Path, kind: str = "qwen2_5_vl") -> Path:
     path.write_text(json.dumps({**told, "processor_class": f"{names[kind]}Processor"}))
     (folder / "chat_template.jinja").write_text(_TEMPLATE)
     return folder
+
+
+def sam(folder: Path, kind: str = "sam", side: int = 64) -> Path:
+    """SAM or SAM 2 that sees pictures of `side` pixels."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    if kind == "sam":
+        config = transformers.SamConfig(
+            vision_config={
+                "hidden_size": 16,
+                "output_channels": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": side,
+                "patch_size": 16,
+                "window_size": 2,
+                "global_attn_indexes": [0],
+                "num_pos_feats": 8,
+                "mlp_dim": 16,
+            },
+            prompt_encoder_config={
+                "hidden_size": 16,
+                "image_size": side,
+                "patch_size": 16,
+                "image_embedding_size": side // 16,
+            },
+            mask_decoder_config={
+                "hidden_size": 16,
+                "mlp_dim": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "iou_head_hidden_dim": 16,
+            },
+        )
+        model = transformers.SamModel(config)
+    else:
+        config = transformers.Sam2Config(
+            vision_config={
+                "backbone_config": {
+                    "model_type": "sam2_hiera_det_model",
+                    "hidden_size": 8,
+                    "num_attention_heads": 1,
+                    "image_size": [side, side],
+                    "blocks_per_stage": [1, 1, 1, 1],
+                    "embed_dim_per_stage": [8, 16, 32, 64],
+                    "num_attention_heads_per_stage": [1, 1, 1, 1],
+                    "window_size_per_stage": [4, 4, 4, 4],
+                    "global_attention_blocks": [2],
+                    "window_positional_embedding_background_size": [4, 4],
+                },
+                "backbone_channel_list": [64, 32, 16, 8],
+                "backbone_feature_sizes": [
+                    [side // 4, side // 4],
+                    [side // 8, side // 8],
+                    [side // 16, side // 16],
+                ],
+                "fpn_hidden_size": 16,
+            },
+            prompt_encoder_config={"hidden_size": 16, "image_size": side, "patch_size": 16},
+            mask_decoder_config={
+                "hidden_size": 16,
+                "mlp_dim": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "iou_head_hidden_dim": 16,
+            },
+        )
+        model = transformers.Sam2Model(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+def backbone(folder: Path, kind: str = "siglip") -> Path:
+    """SigLIP (whose classes SigLIP 2 of fixed size has) or DINOv2: 32 pixels, patches of 4."""
+    import torch
+    import transformers
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    torch.manual_seed(0)
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    if kind == "siglip":
+        config = transformers.SiglipConfig(
+            text_config={**small, "vocab_size": 8},
+            vision_config={**small, "image_size": 32, "patch_size": 4},
+        )
+        model, processor = transformers.SiglipModel(config), SiglipImageProcessorPil()
+    else:
+        config = transformers.Dinov2Config(**small, image_size=32, patch_size=4)
+        model, processor = transformers.Dinov2Model(config), BitImageProcessorPil()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def seed_weights(width: int = 16, depth: int = 2, hidden: int = 24, layers: int = 2) -> Any:
+    """(quantiser's, ViT's) random tensors by SEED's and EVA's names; 28 pixels, 50 codes."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Any:
+        return torch.randn(shape, generator=generator) * 0.3
+
+    vision = {
+        "cls_token": draw(1, 1, width),
+        "pos_embed": draw(1, 5, width),
+        "patch_embed.proj.weight": draw(width, 3, 14, 14) * 0.1,
+        "patch_embed.proj.bias": draw(width),
+    }
+    for n in range(depth):
+        block = f"blocks.{n}"
+        for norm in ("norm1", "norm2"):
+            vision |= {
+                f"{block}.{norm}.weight": 1 + draw(width),
+                f"{block}.{norm}.bias": draw(width),
+            }
+        vision |= {
+            f"{block}.attn.q_bias": draw(width),
+            f"{block}.attn.v_bias": draw(width),
+            f"{block}.attn.qkv.weight": draw(3 * width, width),
+            f"{block}.attn.proj.weight": draw(width, width),
+            f"{block}.attn.proj.bias": draw(width),
+            f"{block}.mlp.fc1.weight": draw(2 * width, width),
+            f"{block}.mlp.fc1.bias": draw(2 * width),
+            f"{block}.mlp.fc2.weight": draw(width, 2 * width),
+            f"{block}.mlp.fc2.bias": draw(width),
+        }
+    weights = {
+        "ln_vision.weight": 1 + draw(width),
+        "ln_vision.bias": draw(width),
+        "query_tokens": draw(1, 32, hidden),
+        "Qformer.bert.embeddings.LayerNorm.weight": 1 + draw(hidden),
+        "Qformer.bert.embeddings.LayerNorm.bias": draw(hidden),
+        "encode_task_layer.0.weight": draw(hidden, hidden),
+        "encode_task_layer.0.bias": draw(hidden),
+        "encode_task_layer.2.weight": draw(8, hidden),
+        "encode_task_layer.2.bias": draw(8),
+        "quantize.embedding.weight": draw(50, 8),
+        "decode_task_layer.0.weight": draw(8, 8),  # among those that nobody reads here
+    }
+
+    def linear(name: str, out: int, into: int) -> None:
+        weights[f"{name}.weight"], weights[f"{name}.bias"] = draw(out, into), draw(out)
+
+    for n in range(layers):
+        layer = f"Qformer.bert.encoder.layer.{n}"
+        for kind in ("attention", "crossattention")[: 2 - n % 2]:
+            seen = hidden if kind == "attention" else width
+            linear(f"{layer}.{kind}.self.query", hidden, hidden)
+            linear(f"{layer}.{kind}.self.key", hidden, seen)
+            linear(f"{layer}.{kind}.self.value", hidden, seen)
+            linear(f"{layer}.{kind}.output.dense", hidden, hidden)
+            weights[f"{layer}.{kind}.output.LayerNorm.weight"] = 1 + draw(hidden)
+            weights[f"{layer}.{kind}.output.LayerNorm.bias"] = draw(hidden)
+        linear(f"{layer}.intermediate_query.dense", 2 * hidden, hidden)
+        linear(f"{layer}.output_query.dense", hidden, 2 * hidden)
+        weights[f"{layer}.output_query.LayerNorm.weight"] = 1 + draw(hidden)
+        weights[f"{layer}.output_query.LayerNorm.bias"] = draw(hidden)
+    return weights, vision
