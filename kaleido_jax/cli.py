@@ -173,6 +173,7 @@ def sample(args: argparse.Namespace) -> None:
 
 VERBS = {
     "annotate": (cli_annotate.add_annotate, cli_annotate.annotate),
+    "annotate fit-vokens": (cli_annotate.add_fit_vokens, cli_annotate.fit_vokens),
     "build": (cli_build.add_build, cli_build.build),
     "demo": (arguments.add_demo, demo),
     "doctor": (arguments.add_doctor, doctor),

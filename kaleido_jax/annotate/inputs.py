@@ -16,6 +16,7 @@ from kaleido_jax.data.webdataset import NoRecordsError, WebDatasetSource, list_s
 from kaleido_jax.errors import UserError
 
 _TFDS = "tfds:"
+IMAGE_SIZE = 512  # side at which engines see pictures, at most, unless told otherwise
 
 
 @dataclass(frozen=True)
