@@ -120,15 +120,6 @@ def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path):
     assert files(tmp_path / "one") == files(tmp_path / "three")
 
 
-@pytest.mark.slow
-def test_bytes_do_not_depend_on_processes(tmp_path):
-    shards(tmp_path / "data", 4)
-    run(tmp_path / "data", tmp_path / "one", ("bbox", "voken"))
-    flags = ("--direct_num_workers=2", "--direct_running_mode=multi_processing")
-    run(tmp_path / "data", tmp_path / "two", ("bbox", "voken"), flags=flags)
-    assert files(tmp_path / "one") == files(tmp_path / "two")
-
-
 # ---- failures ---------------------------------------------------------------------------------
 
 
