@@ -24,7 +24,6 @@ from kaleido_jax.latents import LatentDocument
 from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
 from kaleido_jax.outputs import Output, check_folder, grid, to_uint8, write_outputs
 from kaleido_jax.prompts import clean_prompt
-from kaleido_jax.schedule import shifted_schedules
 from kaleido_jax.settings import Settings
 from kaleido_jax.types import Conditioning
 from kaleido_jax.written import allowed_tokens, latent_ids, read_latents
@@ -69,20 +68,9 @@ class Pipeline:
         self._model = Kaleido(KaleidoConfig.from_config(config))
         self._mesh = mesh_lib.make_mesh() if mesh is None else mesh
         self._rows = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        data, ratios = config.data, self._model.cfg.ratios
+        data = config.data
         self._latent_length = data.latent_length if self.names else 0
-        self._process = stages.Process(
-            schedules=shifted_schedules(
-                config.diffusion.schedule,
-                ratios,
-                config.diffusion.shift_power,
-                config.diffusion.shifted,
-            ),
-            prediction=config.diffusion.prediction,
-            shapes=tuple(
-                (data.image_size * r // ratios[0],) * 2 + (data.channels,) for r in ratios
-            ),
-        )
+        self._process = stages.process_of(config, self._model.cfg.ratios)
         self._params = stages.place_params(
             self._model,
             bundle.params,

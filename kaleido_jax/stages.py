@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
+from ml_collections import ConfigDict
 
 from kaleido_jax import decode, diffusion, guidance, mesh, rng, samplers
 from kaleido_jax.errors import UserError
 from kaleido_jax.models.kaleido import Kaleido, join
-from kaleido_jax.schedule import Schedule, time_grid
+from kaleido_jax.schedule import Schedule, shifted_schedules, time_grid
 from kaleido_jax.types import Conditioning, Params, Pyramid
 
 
@@ -60,6 +61,17 @@ class Plan:
     eta: float
     guided: bool
     interval: bool
+
+
+def process_of(config: ConfigDict, ratios: tuple[int, ...]) -> Process:
+    """The process of a model's config; `ratios` are its denoiser's."""
+    data, d = config.data, config.diffusion
+    sides = [data.image_size * r // ratios[0] for r in ratios]
+    return Process(
+        schedules=shifted_schedules(d.schedule, ratios, d.shift_power, d.shifted),
+        prediction=d.prediction,
+        shapes=tuple((side, side, data.channels) for side in sides),
+    )
 
 
 def sample_keys(

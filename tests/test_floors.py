@@ -29,15 +29,16 @@ GROUPS = {
         "storage": "checkpoint bundle tensor_files model_card hub",
     },
     2: {
-        "training": "losses optim runlog train",
-        "generation": "decode guidance samplers settings stages written outputs generate",
+        "training": "losses optim runlog warm_start train",
+        "generation": "decode guidance samplers settings stages written outputs generate stablehlo",
         "interop": "interop",
     },
     3: {
         "evaluation": "evaluate metrics figures bench",
     },
     4: {
-        "command line": "cli cli_arguments cli_doctor cli_train cli_annotate cli_build cli_tasks",
+        "command line": "cli cli_arguments cli_doctor cli_train cli_annotate cli_build cli_tasks "
+        "cli_weights",
         "page": "ui",
         "demo": "demo",
     },
