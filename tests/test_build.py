@@ -330,6 +330,10 @@ def test_the_verb_builds_and_prints(tmp_path, capsys):
         (["mine", "--images", "x", "--version", "1"], "three numbers are needed"),
         (["mine", "--images", "x", "--latents", "val=y"], "split 'val', which has no --images"),
         (["mine", "--images", "x", "--latents", "none"], "none/manifest.json is missing"),
+        (
+            ["mine", "--images", "gs://a/b.tar"],
+            "gs://a/b.tar is not on a file system of this machine",
+        ),
         (["mine", "--images", "shapes:0"], "at least one example"),
         (["mine", "--images", "shapes:x"], "write shapes:COUNT"),
         (["mine", "--images", "tfds:cifar10"], "write tfds:NAME/SPLIT"),
