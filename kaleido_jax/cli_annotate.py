@@ -239,6 +239,8 @@ def _option(flag: str, word: str) -> tuple[str, Any]:
     name, equals, text = word.partition("=")
     if not name or not equals:
         raise UserError(f"{flag}: write NAME=VALUE, not {word!r}")
+    if text in ("True", "False"):  # as Python and JSON write them
+        return name, text == "True"
     try:
         return name, json.loads(text)
     except ValueError:
