@@ -252,3 +252,41 @@ def test_a_tfds_split_shard_by_shard(tmp_path):
     os.truncate(next((tmp_path / "tiny").rglob("*.tfrecord-00001")), 100)
     bad = inputs.open_shard(found[1], "")
     assert (len(bad), bad.whole, bad.lost[0][0]) == (0, False, "tiny-train-00001")
+
+
+# ---- models -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_models_work_in_beams_workers(tmp_path):
+    """Real classes with random weights: words that reject, boxes by the oracle, masks by SAM."""
+    pytest.importorskip("torch", reason="models need torch: install the extra 'annotate'")
+    pytest.importorskip("transformers", reason="models: install the extra 'annotate'")
+    from tests import tiny_annotators as tiny
+
+    shards(tmp_path / "data", 2, 3)
+    engines = {
+        "text": f"hf:{tiny.qwen(tmp_path / 'qwen')}",
+        "bbox": "oracle",
+        "blob": f"hf:{tiny.sam(tmp_path / 'sam')}",
+    }
+    settings = {
+        "data": str(tmp_path / "data"),
+        "engines": engines,
+        "options": {
+            "text": {"max_new_tokens": 4},
+            "blob": {"min_iou": -100.0, "min_inside": 0.0},
+        },
+        "max_failure_rate": 1.0,
+    }
+    outs = [str(tmp_path / name) for name in ("one", "two")]
+    threads = ("--direct_num_workers=2", "--direct_running_mode=multi_threading")
+    manifest = pipeline.run(pipeline.Run(out=outs[0], **settings))
+    pipeline.run(pipeline.Run(out=outs[1], flags=threads, **settings))
+    assert files(pathlib.Path(outs[0])) == files(pathlib.Path(outs[1]))
+    stages_ = manifest["stages"]
+    assert stages_["text"]["provenance"]["model"] == "qwen"
+    assert stages_["blob"]["after"] == stages_["bbox"]["config_hash"]
+    assert [stages_[name]["counts"]["failed"] for name in engines] == [0, 0, 0]
+    for row in sidecars.iterate_stage(outs[0], "text"):
+        assert row.status in ("ok", "repaired", "empty", "rejected"), row
