@@ -17,6 +17,7 @@ from tests import tiny_annotators as tiny
 
 torch = pytest.importorskip("torch", reason="needs the extra `annotate`")
 pytest.importorskip("transformers", reason="needs the extra `annotate`")
+torch.set_num_threads(1)  # models this small only wait for each other\'s threads
 pytest.importorskip("sklearn", reason="needs the extra `annotate`")
 
 from kaleido_jax.annotate import features, fsq, seed  # noqa: E402

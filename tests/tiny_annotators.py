@@ -157,11 +157,11 @@ def sam(folder: Path, kind: str = "sam", side: int = 64) -> Path:
                     "hidden_size": 8,
                     "num_attention_heads": 1,
                     "image_size": [side, side],
-                    "blocks_per_stage": [1, 1, 1, 1],
+                    "blocks_per_stage": [1, 1, 2, 1],
                     "embed_dim_per_stage": [8, 16, 32, 64],
                     "num_attention_heads_per_stage": [1, 1, 1, 1],
                     "window_size_per_stage": [4, 4, 4, 4],
-                    "global_attention_blocks": [2],
+                    "global_attention_blocks": [3],
                     "window_positional_embedding_background_size": [4, 4],
                 },
                 "backbone_channel_list": [64, 32, 16, 8],
@@ -279,3 +279,94 @@ def seed_weights(width: int = 16, depth: int = 2, hidden: int = 24, layers: int 
         weights[f"{layer}.output_query.LayerNorm.weight"] = 1 + draw(hidden)
         weights[f"{layer}.output_query.LayerNorm.bias"] = draw(hidden)
     return weights, vision
+
+
+_REMOTE_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class TinyConfig(LlamaConfig):
+    model_type = "tiny_remote"
+
+
+class TinyModel(LlamaForCausalLM):
+    config_class = TinyConfig
+{chat}
+"""
+_CHAT = """
+    def chat(self, tokenizer, query, history, **how):
+        path = query.split("<img>")[1].split("</img>")[0]
+        with open(path, "rb") as file:
+            assert file.read(4) == b"\\x89PNG"
+        inputs = tokenizer(query, return_tensors="pt")
+        tokens = self.generate(**inputs, **how)[0, inputs["input_ids"].shape[1]:]
+        return f"{query[-8:]}|{tokenizer.decode(tokens)}", [(query, "")]
+"""
+
+
+def remote_code(folder: Path, chat: bool) -> Path:
+    """A model whose class is code in its folder, as Qwen-VL's; with a `chat` of its own or not."""
+    import torch
+    import transformers
+
+    made = tokenizer()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(made) + 1,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        eos_token_id=made.eos_token_id,
+        pad_token_id=made.pad_token_id,
+        bos_token_id=None,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    ).save_pretrained(folder)
+    (folder / "code_of_model.py").write_text(_REMOTE_CODE.format(chat=_CHAT if chat else ""))
+    path = folder / "config.json"
+    told = json.loads(path.read_text())
+    told["model_type"] = "tiny_remote"
+    told["auto_map"] = {
+        "AutoConfig": "code_of_model.TinyConfig",
+        "AutoModelForCausalLM": "code_of_model.TinyModel",
+    }
+    path.write_text(json.dumps(told))
+    return folder
+
+
+def teach(folder: Path, image: Any, asked: str, answer: str, steps: int = 120) -> None:
+    """Trains the model of `qwen` to give one answer to one question about one picture."""
+    import torch
+    from PIL import Image
+
+    from kaleido_jax.annotate.describe import HfVisionLanguage
+    from kaleido_jax.annotate.models import ModelSource
+
+    held = HfVisionLanguage(ModelSource(str(folder)), "qwen3-vl", 1, "float32", 0)
+    model, processor = held._model, held._processor
+    content = [{"type": "image", "image": Image.fromarray(image)}, {"type": "text", "text": asked}]
+    inputs = processor.apply_chat_template(
+        [[{"role": "user", "content": content}]],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    )
+    start = inputs["input_ids"].shape[1]
+    said = processor.tokenizer(answer + "<|im_end|>", return_tensors="pt")["input_ids"]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], said], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    kinds = inputs["mm_token_type_ids"]
+    inputs["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(said)], 1)
+    labels = inputs["input_ids"].clone()
+    labels[:, :start] = -100
+    adam = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(steps):
+        loss = model(**inputs, labels=labels).loss
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    model.save_pretrained(folder)
