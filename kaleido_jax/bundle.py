@@ -141,6 +141,7 @@ def write_export(
     dtype: str | None,
     made_from: str,
     tick: Callable[[int], None] = lambda size: None,
+    extra: Mapping[str, bytes] | None = None,
 ) -> pathlib.Path:
     """Writes an export folder of tensors that may be read one by one; arguments as `save`.
 
@@ -149,6 +150,7 @@ def write_export(
       tensors: by our names, 'denoiser/trunk/..'.
       dtype: of the weights in the file; None is their own.
       made_from: what the model card and the manifest say of where they come from.
+      extra: content of further files by name.
     """
     if dtype not in (*DTYPES, None):
         raise UserError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)}")
@@ -161,6 +163,8 @@ def write_export(
         (temporary / CONFIG).write_text(config_lib.to_json(config))
         if vocabulary is not None:
             (temporary / TOKENIZER).write_bytes(vocabulary.model)
+        for name, content in (extra or {}).items():
+            (temporary / name).write_bytes(content)
         card = model_card(config, parts, made_from, dtype or "as imported")
         (temporary / CARD).write_text(card, "utf-8")
         manifest = {"version": 1, "made_from": made_from, "parts": parts}

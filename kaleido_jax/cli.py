@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import kaleido_jax
-from kaleido_jax import cli_annotate, cli_build
+from kaleido_jax import cli_annotate, cli_build, cli_weights
 from kaleido_jax import cli_arguments as arguments
 from kaleido_jax.errors import UserError
 
@@ -174,11 +174,14 @@ def sample(args: argparse.Namespace) -> None:
 
 VERBS = {
     "annotate": (cli_annotate.add_annotate, cli_annotate.annotate),
+    "annotate fit-vokens": (cli_annotate.add_fit_vokens, cli_annotate.fit_vokens),
     "build": (cli_build.add_build, cli_build.build),
     "demo": (arguments.add_demo, demo),
     "doctor": (arguments.add_doctor, doctor),
     "train": (arguments.add_train, train),
     "sample": (arguments.add_sample, sample),
+    "import": (cli_weights.add_import, cli_weights.import_weights),
+    "export": (cli_weights.add_export, cli_weights.export_weights),
 }
 BEAM_VERBS = ("annotate", "build")
 

@@ -115,6 +115,86 @@ def annotate(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_fit_vokens(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:
+    """`kaleido annotate fit-vokens`."""
+    parser = arguments.add_verb(
+        verbs,
+        name,
+        "fit a codebook of visual tokens on pictures of shards",
+        """
+        kaleido annotate fit-vokens --data SHARDS --out vokens.npz
+        kaleido annotate fit-vokens --data SHARDS --out siglip.npz --pictures 20000 \\
+            --kind kmeans:google/siglip2-base-patch16-224
+
+        Then: kaleido annotate --data SHARDS --out latents --engine.voken patch:vokens.npz
+        """,
+    )
+    parser.add_argument("--data", required=True, metavar="SHARDS", help="as of kaleido annotate")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the .npz to write")
+    parser.add_argument(
+        "--kind",
+        default="patch",
+        metavar="KIND",
+        help="patch (default; no model), fsq (no model), or kmeans:MODEL of SigLIP 2 or DINOv2",
+    )
+    parser.add_argument(
+        "--codes",
+        type=arguments.whole(2),
+        metavar="N",
+        help="default: 1000 of patch, 8192 of kmeans",
+    )
+    parser.add_argument(
+        "--side",
+        type=arguments.whole(8, 4096),
+        default=224,
+        metavar="N",
+        help="at which the model of kmeans sees pictures (default: 224)",
+    )
+    parser.add_argument(
+        "--components",
+        type=arguments.whole(1, 4096),
+        default=32,
+        metavar="N",
+        help="principal components of a token, but for fsq (default: 32)",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=arguments.whole(1),
+        default=4000,
+        metavar="N",
+        help="how many to fit on (default: 4000)",
+    )
+    parser.add_argument(
+        "--seed", type=arguments.whole(0, arguments.MAX_SEED), default=0, help="of the choice"
+    )
+    parser.add_argument("--data-dir", default="", metavar="DIR", help="folder of TFDS's data sets")
+    return parser
+
+
+def fit_vokens(args: argparse.Namespace) -> None:
+    """Fits a codebook and prints the engine that uses it."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from kaleido_jax.annotate import fit_vokens as module
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("pictures read", total=args.pictures)
+        engine = module.fit(
+            args.kind,
+            args.data,
+            args.out,
+            args.pictures,
+            args.codes,
+            args.seed,
+            args.side,
+            args.components,
+            data_dir=args.data_dir,
+            tell=lambda count: bar.update(task, completed=count),
+        )
+    print(f"--engine.voken {engine}")
+
+
 def engines_of(given: dict[str, Any]) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     """The engine and the options of each stage that is asked for.
 
@@ -159,6 +239,8 @@ def _option(flag: str, word: str) -> tuple[str, Any]:
     name, equals, text = word.partition("=")
     if not name or not equals:
         raise UserError(f"{flag}: write NAME=VALUE, not {word!r}")
+    if text in ("True", "False"):  # as Python and JSON write them
+        return name, text == "True"
     try:
         return name, json.loads(text)
     except ValueError:

@@ -20,7 +20,6 @@ from kaleido_jax import stages
 from kaleido_jax.batches import MAX_PICTURES, Encoded, check_range
 from kaleido_jax.errors import UserError
 from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
-from kaleido_jax.schedule import shifted_schedules
 from kaleido_jax.settings import Settings
 from kaleido_jax.types import Params
 
@@ -50,21 +49,12 @@ class Runner:
         self._model = Kaleido(KaleidoConfig.from_config(config))
         self._mesh = mesh_lib.make_mesh() if mesh is None else mesh
         self._multiple = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        data, ratios = config.data, self._model.cfg.ratios
+        data = config.data
         decoder = self._model.cfg.latent_decoder
         self.latent_length = data.latent_length if decoder else 0
         self.vocab_size = decoder.vocab_size if decoder else 0
-        self.shapes = tuple(
-            (data.image_size * r // ratios[0],) * 2 + (data.channels,) for r in ratios
-        )
-        diffusion = config.diffusion
-        self._process = stages.Process(
-            schedules=shifted_schedules(
-                diffusion.schedule, ratios, diffusion.shift_power, diffusion.shifted
-            ),
-            prediction=diffusion.prediction,
-            shapes=self.shapes,
-        )
+        self._process = stages.process_of(config, self._model.cfg.ratios)
+        self.shapes = self._process.shapes
         self.params = stages.place_params(
             self._model,
             params,

@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
+from ml_collections import ConfigDict
 
 from kaleido_jax import decode, diffusion, guidance, mesh, rng, samplers
 from kaleido_jax.errors import UserError
 from kaleido_jax.models.kaleido import Kaleido, join
 from kaleido_jax.samplers import State
-from kaleido_jax.schedule import Schedule, time_grid
+from kaleido_jax.schedule import Schedule, shifted_schedules, time_grid
 from kaleido_jax.types import Conditioning, Params, Pyramid
 
 
@@ -92,6 +93,17 @@ class Prepared(NamedTuple):
     caption_only: Any
     sample_keys: Key[Array, "b"]
     cads_keys: Key[Array, "b"]
+
+
+def process_of(config: ConfigDict, ratios: tuple[int, ...]) -> Process:
+    """The process of a model's config; `ratios` are its denoiser's."""
+    data, d = config.data, config.diffusion
+    sides = [data.image_size * r // ratios[0] for r in ratios]
+    return Process(
+        schedules=shifted_schedules(d.schedule, ratios, d.shift_power, d.shifted),
+        prediction=d.prediction,
+        shapes=tuple((side, side, data.channels) for side in sides),
+    )
 
 
 def sample_keys(
@@ -250,6 +262,25 @@ def advance(
         steps=(first, end),
         **options,
     )
+
+
+def render(
+    model: Kaleido,
+    params: Params,
+    process: Process,
+    plan: Plan,
+    encoded: Conditioning,
+    latent_tokens: Int[Array, "b lz"] | None,
+    null: Any,
+    seeds: Int[Array, "b"],
+    indices: Int[Array, "b"],
+    dials: Dials,
+) -> Pyramid:
+    """All steps at once: float32 images in model space; arguments as `prepare`, `advance`."""
+    prepared, state = prepare(
+        model, params, process, plan, encoded, latent_tokens, null, seeds, indices
+    )
+    return advance(model, params, process, plan, prepared, dials, state, 0, plan.num_steps).x_t
 
 
 def denoise(

@@ -58,6 +58,19 @@ class Tensor:
         array = self.read()
         return array if dtype is None else array.astype(dtype, copy=bool(copy))
 
+    def changed(
+        self, shape: tuple[int, ...], change: Callable[[np.ndarray], Shaped[np.ndarray, "..."]]
+    ) -> Tensor:
+        """The tensor that `change` makes of this one's array, when it is read."""
+        return Tensor(shape, self.dtype, lambda: change(self.read()))
+
+
+def as_tensor(value: Any) -> Tensor:
+    """A tensor as it is, an array as one that is read already."""
+    if isinstance(value, Tensor):
+        return value
+    return Tensor(tuple(value.shape), np.dtype(value.dtype), lambda: np.asarray(value))
+
 
 Tensors = Mapping[str, Any]  # name -> Tensor, or an array of numpy or jax
 
@@ -72,7 +85,7 @@ def write(
 
     Args:
       path: a new file; a failure leaves an incomplete one, so write where nobody looks.
-      tensors: by name; read once each, in an order of the writer's.
+      tensors: by name; read once each, in their order, what cannot be aligned last.
       dtype: of floating-point tensors in the file; their own by default.
       tick: called with the bytes of each tensor that is written.
 
@@ -80,10 +93,12 @@ def write(
       UserError: a type that the format does not have; a tensor that is not what it announced.
     """
     kinds = {name: _kind(name, value, dtype) for name, value in tensors.items()}
-    sizes = {name: kinds[name].itemsize * math.prod(tensors[name].shape) for name in tensors}
-    # Whole multiples of the alignment first: then each of them starts at one.
-    order = sorted(tensors, key=lambda name: (sizes[name] % ALIGNMENT > 0, -sizes[name], name))
-    header, offset = {}, 0
+    sizes = sizes_of(tensors, dtype)
+    # Whole multiples of the alignment first: then each of them starts at one. Else as they come.
+    order = sorted(tensors, key=lambda name: sizes[name] % ALIGNMENT > 0)
+    # Some readers insist on a format; it names the library whose conventions the names follow.
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
     for name in order:
         header[name] = {
             "dtype": CODES[kinds[name]],
@@ -103,6 +118,14 @@ def write(
             tick(sizes[name])
         file.flush()
         os.fsync(file.fileno())
+
+
+def sizes_of(tensors: Tensors, dtype: str | None = None) -> dict[str, int]:
+    """Bytes of each tensor in a file, its floating-point numbers as `dtype`; errors as `write`."""
+    return {
+        name: _kind(name, value, dtype).itemsize * math.prod(value.shape)
+        for name, value in tensors.items()
+    }
 
 
 def _kind(name: str, value: Any, dtype: str | None) -> np.dtype:

@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from kaleido_jax import bundle, checkpoint, mesh, optim, rng, runlog
+from kaleido_jax import bundle, checkpoint, mesh, optim, rng, runlog, warm_start
 from kaleido_jax import config as config_lib
 from kaleido_jax.data import Loader, make_source
 from kaleido_jax.errors import UserError
@@ -196,6 +196,8 @@ def train(
     newest = checkpoints.newest_whole(say)
     if newest is None:
         state, start = trainer.init(), 0
+        if config.get("init_from"):
+            state = _start_from(state, config, say)
         say(
             f"parameters: {optim.count_parameters(state.params):,} trained, "
             f"{optim.count_parameters(state.frozen):,} frozen"
@@ -211,6 +213,14 @@ def train(
         batches = loader.batches(start)
         state = _loop(trainer, state, start, batches, checkpoints, log, sample_hook, vocabulary)
     return state
+
+
+def _start_from(state: TrainState, config: ConfigDict, say: Callable[[str], None]) -> TrainState:
+    """A new state with the parameters that `config.init_from` names; the average follows."""
+    merged = optim.merge_frozen(state.params, state.frozen)
+    merged = warm_start.warm_start(merged, config, config.init_from, say)
+    params, frozen = optim.split_frozen(merged, config.model.freeze_encoder)
+    return state.replace(params=params, frozen=frozen, ema=jax.tree.map(jnp.copy, params))
 
 
 def _loop(

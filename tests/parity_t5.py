@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kaleido_jax.interop import t5 as interop
+from kaleido_jax.interop.t5x import read_t5x
 from kaleido_jax.models.t5 import T5, T5Config
 from tests.reference_rule import weights_of
 
@@ -60,7 +61,7 @@ def check_t5x(folder: str | pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndar
     folder = pathlib.Path(folder)
     with np.load(folder / "golden.npz") as file:
         data = {name: file[name] for name in file.files}
-    params = interop.read_t5x(folder)
+    params = read_t5x(folder)
     cfg = _t5x_config(folder, params)
     interop.check_params(params, cfg, source=str(folder))
     _require_equal(params, data)

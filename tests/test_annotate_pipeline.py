@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("apache_beam", reason="the pipeline needs Beam: install the extra 'annotate'")
 pytest.importorskip("pyarrow", reason="sidecars are Parquet files: install the extra 'annotate'")
 
-from kaleido_jax import cli, sidecars
+from kaleido_jax import cli, cli_annotate, sidecars
 from kaleido_jax.annotate import inputs, pipeline, stages, storage
 from kaleido_jax.annotate.protocols import Result
 from kaleido_jax.annotate.stages import AnnotationFailed, Plan
@@ -118,15 +118,6 @@ def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path):
     flags = ("--direct_num_workers=3", "--direct_running_mode=multi_threading")
     run(tmp_path / "data", tmp_path / "three", ("bbox", "voken"), flags=flags)
     assert files(tmp_path / "one") == files(tmp_path / "three")
-
-
-@pytest.mark.slow
-def test_bytes_do_not_depend_on_processes(tmp_path):
-    shards(tmp_path / "data", 4)
-    run(tmp_path / "data", tmp_path / "one", ("bbox", "voken"))
-    flags = ("--direct_num_workers=2", "--direct_running_mode=multi_processing")
-    run(tmp_path / "data", tmp_path / "two", ("bbox", "voken"), flags=flags)
-    assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
 # ---- failures ---------------------------------------------------------------------------------
@@ -318,6 +309,12 @@ def test_a_pattern_names_shards(tmp_path):
         ("--stages text --engine.bbox oracle", "bbox, which is not in --stages"),
         ("--stages text --option.text x", "write NAME=VALUE, not 'x'"),
         ("--stages text --option.text max_object=2", "did you mean max_objects?"),
+        ("--stages text --option.text max_objects=few", "whole number of at least 0, not 'few'"),
+        ("--stages voken --option.voken batch_size=0", "whole number of at least 1, not 0"),
+        ("--stages text --option.text num_objects=[1]", "2 whole numbers, such as [1, 3]"),
+        ("--stages blob --engine.blob hf:m --option.blob min_iou=NaN", "a finite number"),
+        ("--engine.bbox hf:m --option.bbox dialect=3", "must be a word, not 3"),
+        ("--engine.bbox qwen-vl:m --option.bbox trust_remote_code=1", "must be true or false"),
         ("--engine.text orcale", "did you mean oracle?"),
         ("--engine.voken oracle", "patch"),
         ("--stages text --max-failure-rate 2", "finite number from 0 to 1"),
@@ -330,6 +327,16 @@ def test_misuse_is_one_line(tmp_path, capsys, words, expected):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert expected in error
+
+
+def test_options_are_read_as_json_or_words():
+    given = dict.fromkeys([f"engine.{stage}" for stage in ORACLE])
+    given |= {f"option.{stage}": [] for stage in ORACLE} | {"stages": "text,blob"}
+    given["option.text"] = ["a=3", "b=2.5", "c=[1, 2]", "d=x=y", "e=True", "f=false", "g="]
+    engines, options = cli_annotate.engines_of(given)
+    assert engines == {"text": "oracle", "blob": "oracle"}
+    want = {"a": 3, "b": 2.5, "c": [1, 2], "d": "x=y", "e": True, "f": False, "g": ""}
+    assert options == {"text": want, "blob": {}}
 
 
 def test_beams_words_are_for_verbs_that_run_beam(capsys):

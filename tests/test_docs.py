@@ -79,7 +79,7 @@ def test_readme_has_two_whole_commands():
     assert "-m pytest" in lines[1]
 
 
-@pytest.mark.parametrize("script", [".ci/run", "launch/local.sh"])
+@pytest.mark.parametrize("script", [".ci/run", "launch/local.sh", "launch/annotate.sh"])
 def test_scripts_are_whole_and_executable(script):
     path = ROOT / script
     assert path.stat().st_mode & 0o111

@@ -29,10 +29,10 @@ GROUPS = {
         "storage": "checkpoint bundle tensor_files model_card hub",
     },
     2: {
-        "training": "losses optim runlog train",
+        "training": "losses optim runlog warm_start train",
         "generation": (
             "batches decode generate guidance outputs runner samplers settings stages thresholds"
-            " written"
+            " written stablehlo"
         ),
         "interop": "interop",
     },
@@ -40,7 +40,8 @@ GROUPS = {
         "evaluation": "evaluate metrics figures bench",
     },
     4: {
-        "command line": "cli cli_arguments cli_doctor cli_train cli_annotate cli_build cli_tasks",
+        "command line": "cli cli_arguments cli_doctor cli_train cli_annotate cli_build cli_tasks "
+        "cli_weights",
         "page": "ui",
         "demo": "demo",
     },

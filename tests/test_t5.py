@@ -18,6 +18,7 @@ from flax.traverse_util import unflatten_dict
 
 from kaleido_jax.errors import UserError
 from kaleido_jax.interop import t5 as interop
+from kaleido_jax.interop.t5x import read_t5x
 from kaleido_jax.models.t5 import (
     T5,
     LatentDecoder,
@@ -356,7 +357,7 @@ def write(file, content):
 
 def test_t5x_arrays_inline_and_from_buckets(checkpoint):
     file, content = checkpoint
-    want = interop.read_t5x(file.parent)
+    want = read_t5x(file.parent)
     encoder = content["optimizer"]["target"]["encoder"]
     encoder["encoder_norm"]["scale"] = want["encoder"]["encoder_norm"]["scale"]
     query = encoder["layers_0"]["attention"]["query"]["kernel"]
@@ -366,7 +367,7 @@ def test_t5x_arrays_inline_and_from_buckets(checkpoint):
     key["kvstore"] = {"driver": "gfile"}
     write(file, content)
     (file.parent.parent / "checkpoint_20").mkdir()  # older, and empty
-    got = interop.read_t5x(file.parent.parent)
+    got = read_t5x(file.parent.parent)
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
@@ -388,7 +389,7 @@ def test_t5x_paths_cannot_leave_the_folder(checkpoint, path, top):
         spec["kvstore"]["path"] = place
     write(file, content)
     with pytest.raises(UserError, match=r"encoder/encoder_norm/scale (points|names)"):
-        interop.read_t5x(file.parent)
+        read_t5x(file.parent)
 
 
 def test_t5x_damage_is_an_error(checkpoint):
@@ -397,39 +398,39 @@ def test_t5x_damage_is_an_error(checkpoint):
     chunk = (array / "0").read_bytes()
     (array / "0").unlink()
     with pytest.raises(UserError, match="cannot read encoder/encoder_norm/scale"):
-        interop.read_t5x(file.parent)
+        read_t5x(file.parent)
     (file.parent.parent / "secret").write_bytes(chunk)
     (array / "0").symlink_to(file.parent.parent / "secret")
     with pytest.raises(UserError, match="link out of the checkpoint"):
-        interop.read_t5x(file.parent)
+        read_t5x(file.parent)
     shutil.rmtree(array)
     with pytest.raises(UserError, match="no array at"):
-        interop.read_t5x(file.parent)
+        read_t5x(file.parent)
     scale = content["optimizer"]["target"]["encoder"]["encoder_norm"]
     scale["scale"]["driver"] = "n5"
     write(file, content)
     with pytest.raises(UserError, match="driver 'n5'"):
-        interop.read_t5x(file.parent)
+        read_t5x(file.parent)
     scale["scale"] = "scale"
     write(file, content)
     with pytest.raises(UserError, match="neither an array"):
-        interop.read_t5x(file.parent)
+        read_t5x(file.parent)
     write(file, {"version": 2, "optimizer": content["optimizer"]})
     with pytest.raises(UserError, match="version is 2"):
-        interop.read_t5x(file.parent)
+        read_t5x(file.parent)
     write(file, {"version": 3, "optimizer": []})
     with pytest.raises(UserError, match="no optimizer/target"):
-        interop.read_t5x(file.parent)
+        read_t5x(file.parent)
     file.write_bytes(b"\x93damaged")
     with pytest.raises(UserError, match="not a t5x checkpoint"):
-        interop.read_t5x(file.parent)
+        read_t5x(file.parent)
     with pytest.raises(UserError, match="neither a t5x checkpoint folder"):
-        interop.read_t5x(file.parent.parent / "nowhere")
+        read_t5x(file.parent.parent / "nowhere")
 
 
 def test_changed_t5x_parameter_fails_parity(checkpoint):
     file, content = checkpoint
-    scale = interop.read_t5x(file.parent)["encoder"]["encoder_norm"]["scale"]
+    scale = read_t5x(file.parent)["encoder"]["encoder_norm"]["scale"]
     content["optimizer"]["target"]["encoder"]["encoder_norm"]["scale"] = np.nextafter(scale, 9)
     write(file, content)
     with pytest.raises(ValueError, match="params/encoder/encoder_norm/scale"):

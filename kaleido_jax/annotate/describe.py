@@ -105,10 +105,16 @@ class HfVisionLanguage:
         from transformers import AutoModelForImageTextToText
 
         self._dialect, self._tokens = dialect, max_new_tokens
-        self._processor = loading(source, _load_processor, source, max_pixels)
+        self._processor = loading(source, _load_processor, source)
         if not getattr(self._processor, "chat_template", None):
             raise UserError(f"model {source.name} has no chat template; it cannot be asked")
         self._processor.tokenizer.padding_side = "left"
+        if max_pixels:
+            pictures = self._processor.image_processor
+            size = dict(pictures.size)
+            if "longest_edge" not in size:  # of Qwen's processors, where it is an area
+                raise UserError(f"model {source.name} has no limit of pixels that could be set")
+            pictures.size = {**size, "longest_edge": max_pixels}
         if dtype == "auto" and device() == "cpu":
             dtype = "float32"
         if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -185,19 +191,16 @@ class HfVisionLanguage:
         return Answer(raw, truncated=stop is None)
 
 
-def _load_processor(source: ModelSource, max_pixels: int) -> Any:
+def _load_processor(source: ModelSource) -> Any:
     from transformers import AutoConfig, AutoProcessor
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
     from transformers.utils import is_torchvision_available
 
-    arguments = dict(source.arguments)
-    if max_pixels:
-        arguments["max_pixels"] = max_pixels
     if is_torchvision_available():
-        return AutoProcessor.from_pretrained(source.name, **arguments)
+        return AutoProcessor.from_pretrained(source.name, **source.arguments)
     # Only videos need torchvision, and none comes here: the processor without that part.
     config = AutoConfig.from_pretrained(source.name, **source.arguments)
     whole = PROCESSOR_MAPPING[type(config)]
     parts = [part for part in whole.get_attributes() if part != "video_processor"]
     pictures = type(whole.__name__, (whole,), {"get_attributes": classmethod(lambda _: parts)})
-    return pictures.from_pretrained(source.name, **arguments)
+    return pictures.from_pretrained(source.name, **source.arguments)

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.resources
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ def make_engine(stage: str, spec: str, options: Mapping[str, Any] | None = None)
       options: settings of the engine, such as `batch_size`; each engine knows its own.
 
     Raises:
-      UserError: an unknown stage, engine or option, an engine that cannot do the stage, a file
-        that is missing.
+      UserError: an unknown stage, engine or option, a value of another kind than the option's
+        default, an engine that cannot do the stage, a file that is missing.
     """
     if stage not in STAGES:
         raise UserError(f"no annotation stage {stage!r}; there are {', '.join(STAGES)}")
@@ -50,13 +51,35 @@ def make_engine(stage: str, spec: str, options: Mapping[str, Any] | None = None)
         raise UserError(f"engine '{spec}' cannot do {stage}; {', '.join(can)} can")
     make = ENGINES[name][stage]
     options = dict(options or {})
-    known = list(inspect.signature(make).parameters)[2:]
-    for option in options:
+    known = dict(list(inspect.signature(make).parameters.items())[2:])
+    for option, value in options.items():
         if option not in known:
             near = difflib.get_close_matches(option, known, 1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
             raise UserError(f"engine '{spec}' has no option {option!r}; {hint}")
+        _check(f"engine '{spec}': option {option}", value, known[option].default)
     return make(stage, argument, **options)
+
+
+def _check(what: str, value: Any, default: Any) -> None:
+    """Raises UserError for a value of another kind than the default's, and for batches of none."""
+    if isinstance(default, bool):
+        fits, kind = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        least = 1 if what.endswith(" batch_size") else 0
+        fits = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        kind = f"a whole number of at least {least}"
+    elif isinstance(default, float):
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        fits, kind = fits and math.isfinite(value), "a finite number"
+    elif isinstance(default, tuple):
+        fits = isinstance(value, list | tuple) and len(value) == len(default)
+        fits = fits and all(type(item) is int for item in value)
+        kind = f"{len(default)} whole numbers, such as {list(default)}"
+    else:
+        fits, kind = isinstance(value, str), "a word"
+    if not fits:
+        raise UserError(f"{what} must be {kind}, not {value!r}")
 
 
 def _oracle(

@@ -10,12 +10,14 @@ from typing import Any, Protocol
 
 from kaleido_jax.annotate import storage
 from kaleido_jax.annotate.protocols import Example
+from kaleido_jax.data.sources import RecordError
 from kaleido_jax.data.tfds_shards import TfdsSplit
 from kaleido_jax.data.transforms import Frame, decode_image, orient, square_picture
 from kaleido_jax.data.webdataset import NoRecordsError, WebDatasetSource, list_shards
 from kaleido_jax.errors import UserError
 
 _TFDS = "tfds:"
+IMAGE_SIZE = 512  # side at which engines see pictures, at most, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,13 @@ class _TarShard:
 
 class _TfdsShard:
     def __init__(self, shard: Shard):
-        self._examples = _split(shard.place, shard.data_dir).read(shard.part)
+        self._examples: list[dict[str, Any]] = []
         self.lost: list[tuple[str, str]] = []
-        self.whole = True
+        try:
+            self._examples = _split(shard.place, shard.data_dir).read(shard.part)
+        except RecordError as error:
+            self.lost.append((shard.name, str(error)))
+        self.whole = not self.lost
 
     def __len__(self) -> int:
         return len(self._examples)

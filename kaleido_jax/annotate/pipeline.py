@@ -50,7 +50,7 @@ class Run:
     engines: Mapping[str, str]
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seed: int = 0
-    image_size: int = 512
+    image_size: int = inputs.IMAGE_SIZE
     max_failure_rate: float = 0.02
     data_dir: str = ""
     again: bool = False

@@ -90,6 +90,9 @@ class QwenVl:
         self._tokenizer = loading(source, AutoTokenizer.from_pretrained, source.name, **how)
         model = loading(source, AutoModelForCausalLM.from_pretrained, source.name, **how)
         self._model = model.to(device()).eval()
+        # One name for every picture: it is part of the question, answers must not hang on it.
+        self._folder = tempfile.TemporaryDirectory()
+        self._path = Path(self._folder.name) / "picture.png"
 
     def describe(
         self, images: Sequence[UInt8[np.ndarray, "h w 3"]], prompts: Sequence[str], seed: int | None
@@ -109,16 +112,11 @@ class QwenVl:
 
         how = {"do_sample": seed is not None, "max_new_tokens": self._tokens}
         devices = range(torch.cuda.device_count()) if device() == "cuda" else []
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            torch.inference_mode(),
-            torch.random.fork_rng(devices),
-        ):
-            path = Path(folder) / "picture.png"
-            Image.fromarray(np.ascontiguousarray(image)).save(path)
+        with torch.inference_mode(), torch.random.fork_rng(devices):
+            Image.fromarray(np.ascontiguousarray(image)).save(self._path)
             if seed is not None:
                 torch.manual_seed(seed)
-            asked = query(path, words)
+            asked = query(self._path, words)
             if hasattr(self._model, "chat"):
                 said, _ = self._model.chat(self._tokenizer, query=asked, history=None, **how)
                 return Answer(said)

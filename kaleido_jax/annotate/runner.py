@@ -117,19 +117,15 @@ def run_stage(
       UserError: what a worker found to be the user's mistake.
       AnnotationFailed: the run went wrong as a whole, or the runner says that it failed.
     """
+    options = PipelineOptions([_WORKERS_LOG, *flags])
+    runner = options.view_as(StandardOptions).runner
+    here = runner in (None, "DirectRunner")
     try:
-        with _quiet():
-            options = PipelineOptions([_WORKERS_LOG, *flags])
-            runner = options.view_as(StandardOptions).runner
-            if runner in (None, "DirectRunner"):
-                # DirectRunner would look for another runner on the network before it takes this.
-                info = beam_provision_api_pb2.ProvisionInfo(
-                    pipeline_options=JobServiceHandle.encode_pipeline_options(
-                        options.get_all_options()
-                    )
-                )
-                runner = FnApiRunner(provision_info=ExtendedProvisionInfo(info))
-            pipeline = beam.Pipeline(runner=runner, options=options)
+        with _quiet() if here else contextlib.nullcontext():
+            # DirectRunner would look for another runner on the network before it takes this one.
+            pipeline = beam.Pipeline(
+                runner=_in_process(options) if here else runner, options=options
+            )
             _ = (
                 pipeline
                 | "shards" >> beam.Create(list(todo))
@@ -146,6 +142,13 @@ def run_stage(
         raise AnnotationFailed(f"stage {plan.stage}: the runner ended in state {state}")
 
 
+def _in_process(options: PipelineOptions) -> FnApiRunner:
+    """Beam's runner on this machine; its workers get the options too."""
+    encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options())
+    info = beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded)
+    return FnApiRunner(provision_info=ExtendedProvisionInfo(info))
+
+
 def _raise_quoted(error: Exception) -> None:
     """Raises the one-line error that a worker's traceback quotes, if it does."""
     for line in reversed(str(error).splitlines()):
@@ -157,13 +160,10 @@ def _raise_quoted(error: Exception) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings, and no traceback of every failed bundle: the error itself says enough."""
-    logger, before = logging.getLogger("apache_beam"), logging.root.manager.disable
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    logging.disable(logging.WARNING)
+    """No log of every failed bundle with its traceback: the error itself says enough."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
         logging.disable(before)

@@ -66,6 +66,12 @@ def check(settings: Build) -> None:
         raise UserError(f"--version {settings.version!r}: three numbers are needed, such as 1.0.0")
     if not settings.images:
         raise UserError("build: no --images")
+    for place in (settings.out, *settings.images.values(), *settings.annotations.values()):
+        if "://" in place:
+            raise UserError(
+                f"build: {place} is not on a file system of this machine; mount the bucket or copy "
+                "what it holds"
+            )
     for split in (*settings.images, *settings.annotations):
         if not _SPLIT.fullmatch(split) or split == "all":
             raise UserError(f"build: {split!r} cannot name a split; 'train' could")

@@ -75,6 +75,11 @@ class RecordSource:
     def __len__(self) -> int:
         return self._ends[-1]
 
+    @property
+    def paths(self) -> list[Path]:
+        """The split's files in order, missing ones among them."""
+        return [file.path for file in self._files]
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One example. Raises RecordError for a record that cannot be used."""
         return self.decode(self.encoded(index))
@@ -223,12 +228,19 @@ def find_folder(path: str) -> Path:
     found: list[Path] = []
     for depth in (1, 2, 3):  # VERSION, CONFIG/VERSION, NAME/CONFIG/VERSION
         found = found or sorted(p.parent for p in root.glob("*/" * depth + INFO))
+        found = [folder for folder in found if not folder.name.startswith("incomplete.")]
     if not found:
         raise UserError(f"{root} holds no records; `kaleido build` makes them")
     if len({folder.parent for folder in found}) > 1 or not all(map(_version, found)):
         names = ", ".join(str(folder) for folder in found[:4])
         raise UserError(f"{root} holds several data sets; name one of {names}")
     return max(found, key=_version)
+
+
+def split_names(path: str) -> list[str]:
+    """The splits that the records at a path have, by name. Raises UserError."""
+    found = (ShardName.parse(entry.name) for entry in find_folder(path).iterdir())
+    return sorted({name.split for name in found if name})
 
 
 def _holds_records(folder: Path) -> bool:

@@ -20,7 +20,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,16 @@ from kaleido_jax.data.build_unit import Done, Job
 from kaleido_jax.data.record_source import LATENT_NAMES
 from kaleido_jax.errors import UserError
 
+Watch = Callable[[Path, int], contextlib.AbstractContextManager[None]]
 
-def build(settings: Build, watch: Any = contextlib.nullcontext) -> dict[str, Any]:
+
+def unwatched(folder: Path, total: int) -> contextlib.AbstractContextManager[None]:
+    """Shows nothing."""
+    del folder, total
+    return contextlib.nullcontext()
+
+
+def build(settings: Build, watch: Watch = unwatched) -> dict[str, Any]:
     """Builds a data set, or finds that it is there.
 
     Args:
@@ -83,7 +91,7 @@ class Records(dataset_builder.FileReaderBuilder, skip_registration=True):
     code_path = None
 
     def __init__(
-        self, settings: Build, units: Sequence[Unit], config_hash: str, staging: Path, watch: Any
+        self, settings: Build, units: Sequence[Unit], config_hash: str, staging: Path, watch: Watch
     ):
         self.name = settings.dataset.name
         self._settings, self._units, self._hash = settings, list(units), config_hash

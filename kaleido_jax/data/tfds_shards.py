@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from kaleido_jax.data import oracle
+from kaleido_jax.data.sources import RecordError
 from kaleido_jax.errors import UserError
 
 _CAPTIONS = ("caption", "captions", "text")
@@ -63,7 +64,11 @@ class TfdsSplit:
         """All examples of a shard as stored: {key, image: bytes, caption, metadata}, in order.
 
         The caption is the data set's own, or `a photo of a LABEL`; the label is in the metadata.
+
+        Raises:
+          RecordError: the shard's file is missing or damaged.
         """
+        import tensorflow as tf
         import tensorflow_datasets as tfds
 
         dataset = self._builder.as_dataset(
@@ -72,7 +77,11 @@ class TfdsSplit:
             read_config=tfds.ReadConfig(add_tfds_id=True, interleave_cycle_length=1),
             shuffle_files=False,
         )
-        return [self._example(example) for example in tfds.as_numpy(dataset)]
+        try:
+            return [self._example(example) for example in tfds.as_numpy(dataset)]
+        except tf.errors.OpError as error:
+            reason = " ".join(str(error.message).split())[:200]
+            raise RecordError(self.shard_names[number], f"cannot be read: {reason}") from error
 
     def _example(self, example: dict[str, Any]) -> dict[str, Any]:
         metadata: dict[str, Any] = {}

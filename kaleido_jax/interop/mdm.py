@@ -19,12 +19,13 @@ from jaxtyping import Shaped
 from kaleido_jax.errors import UserError
 from kaleido_jax.interop.mdm_config import config_from_mdm
 from kaleido_jax.models import nested_unet, unet
+from kaleido_jax.tensor_files import Tensor, Tensors, as_tensor
 from kaleido_jax.types import Params
 
-__all__ = ["config_from_mdm", "from_mdm", "mdm_name", "to_mdm"]
+__all__ = ["config_from_mdm", "from_mdm", "mdm_name", "mdm_tensors", "to_mdm"]
 
 Config = unet.Config | nested_unet.Config
-State = Mapping[str, Shaped[np.ndarray, "..."]]
+State = Mapping[str, Shaped[np.ndarray, "..."]]  # or tensors that are not read yet
 
 # Our name of a layer, by the kind of block that it is in, to ml-mdm's.
 RESIDUAL = {
@@ -79,7 +80,13 @@ def from_mdm(state: State, config: Config) -> Params:
     Raises:
       UserError: one line with every name that is missing, unknown or of another shape.
     """
-    params, problems, known = {}, [], set()
+    tensors = mdm_tensors(state, config)
+    return flax.traverse_util.unflatten_dict({path: np.asarray(t) for path, t in tensors.items()})
+
+
+def mdm_tensors(state: Tensors, config: Config) -> dict[tuple[str, ...], Tensor]:
+    """What `from_mdm` gives by path, none of it read yet; arguments and errors as there."""
+    found, problems, known = {}, [], set()
     for path, leaf in _leaves(config).items():
         name = mdm_name(path, config)
         known.add(name)
@@ -89,11 +96,11 @@ def from_mdm(state: State, config: Config) -> Params:
         elif tuple(state[name].shape) != shape:
             problems.append(f"{name} is {list(state[name].shape)}, should be {list(shape)}")
         else:
-            params[path] = _to_ours(np.asarray(state[name], np.float32), leaf.shape)
+            found[path] = _to_ours(as_tensor(state[name]), leaf.shape)
     problems += [f"{name} is unknown" for name in sorted(set(state) - known)]
     if problems:
         raise UserError(f"ml-mdm weights do not fit the config: {'; '.join(problems)}")
-    return flax.traverse_util.unflatten_dict(params)
+    return found
 
 
 def to_mdm(params: Params, config: Config) -> dict[str, np.ndarray]:
@@ -101,7 +108,7 @@ def to_mdm(params: Params, config: Config) -> dict[str, np.ndarray]:
     state = {}
     for path, value in flax.traverse_util.flatten_dict(nn.unbox(params)).items():
         name = mdm_name(path, config)
-        value = np.asarray(value)
+        value = np.asarray(value, np.float32)
         state[name] = _to_mdm(value, _mdm_shape(name, value.shape))
     return state
 
@@ -176,10 +183,15 @@ def _mdm_shape(name: str, ours: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(ours)
 
 
-def _to_ours(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if len(shape) == 4:
-        return np.ascontiguousarray(value.transpose(2, 3, 1, 0))
-    return np.ascontiguousarray(value.reshape(value.shape[: len(shape)]).T)
+def _to_ours(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def change(value: np.ndarray) -> np.ndarray:
+        value = value.astype(np.float32, copy=False)
+        if len(shape) == 4:
+            return np.ascontiguousarray(value.transpose(2, 3, 1, 0))
+        return np.ascontiguousarray(value.reshape(value.shape[: len(shape)]).T)
+
+    changed = tensor.changed(shape, change)
+    return Tensor(shape, np.dtype(np.float32), changed.read)
 
 
 def _to_mdm(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

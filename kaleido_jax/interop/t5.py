@@ -1,30 +1,32 @@
-"""T5 weights in and out: Hugging Face state dictionaries and t5x checkpoints (version 3).
+"""T5 weights in and out: Hugging Face state dictionaries, and what they share with t5x's.
 
-Our parameters bear t5x's names, so a t5x tree is read by identity. Hugging Face differs in names
-and in the transposition of every linear layer and of the relative position table. Nothing is half
-loaded: names that are missing, extra or of another shape are all listed in one UserError.
+Our parameters bear t5x's names, so a t5x tree (interop/t5x.py) is read by identity. Hugging Face
+differs in names and in the transposition of every linear layer and of the relative position table.
+Nothing is half loaded: names that are missing, extra or of another shape are all listed in one
+UserError, before any of them is read.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import flax.serialization
 import flax.traverse_util
 import jax
 import numpy as np
-import tensorstore
 
 from kaleido_jax.errors import UserError
 from kaleido_jax.models.t5 import T5, T5Config
+from kaleido_jax.tensor_files import Tensor, Tensors, as_tensor
 
 PARTS = ("encoder", "decoder")
-T5X_VERSION = 3
+# New rows of a vocabulary stray from the mean by this share of the old rows' deviation: near
+# enough to the mean that no new token is likely at first, and no two of them are alike.
+SPREAD = 0.1
+Path = tuple[str, ...]
 
 # Hugging Face's feed_forward_proj: the gated "gelu" there is the tanh approximation ("gelu_new"),
 # the only gelu that T5 checkpoints use.
@@ -139,6 +141,14 @@ def from_huggingface(
     Raises:
       UserError: with every missing, extra or misshapen name, or for a copy that differs.
     """
+    tensors = huggingface_tensors(state, cfg, parts)
+    return flax.traverse_util.unflatten_dict({k: np.asarray(v) for k, v in tensors.items()})
+
+
+def huggingface_tensors(
+    state: Tensors, cfg: T5Config, parts: Sequence[str] = PARTS
+) -> dict[Path, Tensor]:
+    """What `from_huggingface` gives by path, none of it read but tied weights' copies."""
     _refuse_scanned(cfg)
     names = _huggingface_names(cfg, parts)
     shapes = expected_shapes(cfg, parts)
@@ -152,16 +162,14 @@ def from_huggingface(
         skipped = (*skipped, "lm_head.")
     got = {k: np.shape(v) for k, v in state.items() if not k.startswith(skipped or ("\0",))}
     _compare(got, want, "Hugging Face T5 state")
-    flat = {
-        path: np.asarray(state[name]).T if transposed else np.asarray(state[name])
-        for path, (name, transposed) in names.items()
-    }
-    return flax.traverse_util.unflatten_dict(flat)
+    found = {}
+    for path, (name, transposed) in names.items():
+        tensor = as_tensor(state[name])
+        found[path] = tensor.changed(shapes[path], np.transpose) if transposed else tensor
+    return found
 
 
-def _without_copies(
-    state: Mapping[str, np.ndarray], want: Mapping[str, Any], cfg: T5Config
-) -> dict[str, np.ndarray]:
+def _without_copies(state: Tensors, want: Mapping[str, Any], cfg: T5Config) -> dict[str, Any]:
     copies = [f"{part}.embed_tokens.weight" for part in PARTS]
     if cfg.logits_via_embedding:
         copies.append("lm_head.weight")
@@ -184,13 +192,22 @@ def to_huggingface(
     params: Mapping[str, Any], cfg: T5Config, parts: Sequence[str] = PARTS
 ) -> dict[str, np.ndarray]:
     """The inverse of `from_huggingface`; raises UserError where `params` do not fit `cfg`."""
+    tensors = to_huggingface_tensors(params, cfg, parts)
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+
+
+def to_huggingface_tensors(
+    params: Mapping[str, Any], cfg: T5Config, parts: Sequence[str] = PARTS
+) -> dict[str, Tensor]:
+    """What `to_huggingface` gives, none of it copied yet."""
     _refuse_scanned(cfg)
     check_params(params, cfg, parts)
     flat = flax.traverse_util.flatten_dict(dict(params))
-    return {
-        name: np.ascontiguousarray(np.asarray(flat[path]).T if transposed else flat[path])
-        for path, (name, transposed) in _huggingface_names(cfg, parts).items()
-    }
+    found = {}
+    for path, (name, transposed) in _huggingface_names(cfg, parts).items():
+        tensor = as_tensor(flat[path])
+        found[name] = tensor.changed(tensor.shape[::-1], np.transpose) if transposed else tensor
+    return found
 
 
 def _refuse_scanned(cfg: T5Config) -> None:
@@ -256,106 +273,62 @@ def config_to_huggingface(cfg: T5Config) -> dict[str, Any]:
     }
 
 
-# t5x
+# Sizes
 
 
-def read_t5x(folder: str | pathlib.Path) -> dict[str, Any]:
-    """Parameters of a t5x checkpoint, as numpy arrays of the type that they have on disk.
+def resize_vocabulary(
+    tensors: Mapping[Path, Tensor], rows: int, seed: int = 0
+) -> dict[Path, Tensor]:
+    """The same tensors with `rows` tokens in the embedding and in the head.
 
-    Args:
-      folder: `checkpoint_N`, or a folder of such, of which the highest N is read. Leaves are inline
-        arrays or TensorStore zarr arrays beside the `checkpoint` file.
+    Old rows stay as they are. New ones are drawn around the mean of the old ones, SPREAD times
+    their deviation in each dimension, from (seed, the tensor's name, the row).
 
     Raises:
-      UserError: for a folder, file or entry that is missing, damaged, of another version or driver,
-      or
-        that points outside the folder. A missing chunk is an error, never zeros.
+      UserError: fewer rows than there are.
     """
-    folder = _checkpoint_folder(pathlib.Path(folder))
-    file = folder / "checkpoint"
-    try:
-        content = flax.serialization.msgpack_restore(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"{file}: {error.strerror}") from error
-    except Exception as error:  # msgpack raises its own, struct's and ValueError on damaged bytes
-        raise UserError(f"{file}: not a t5x checkpoint: {error}") from error
-    version = content.get("version") if isinstance(content, dict) else None
-    if version != T5X_VERSION:
-        raise UserError(f"{file}: version is {version!r}, only version {T5X_VERSION} is read")
-    optimizer = content.get("optimizer")
-    target = optimizer.get("target") if isinstance(optimizer, dict) else None
-    if not isinstance(target, dict):
-        raise UserError(f"{file}: has no optimizer/target")
-
-    flat = flax.traverse_util.flatten_dict(target, is_leaf=lambda _, node: _is_spec(node))
-    # Every array is opened before the first is waited for: reads overlap.
-    arrays, pending = {}, {}
-    for path, leaf in flat.items():
-        name = "/".join(path)
-        if _is_spec(leaf):
-            spec = _zarr_spec(leaf, folder, name)
-            pending[path] = (spec, tensorstore.open(spec, open=True, read=True))
-        elif isinstance(leaf, (np.ndarray, np.generic)):
-            arrays[path] = np.asarray(leaf)
-        else:
-            raise UserError(f"{file}: {name} is neither an array nor a TensorStore spec")
-    for path, (spec, future) in pending.items():
-        try:
-            arrays[path] = future.result().read().result()
-        except ValueError as error:
-            where = spec["kvstore"]["path"]
-            raise UserError(f"{where}: cannot read {'/'.join(path)}: {error}") from error
-    return flax.traverse_util.unflatten_dict(arrays)
+    result = dict(tensors)
+    for path, axis in (
+        (("token_embedder", "embedding"), 0),
+        (("decoder", "logits_dense", "kernel"), 1),
+    ):
+        if path not in tensors:
+            continue
+        old = tensors[path]
+        if rows < old.shape[axis]:
+            raise UserError(
+                f"{'/'.join(path)} has {old.shape[axis]} tokens; a vocabulary of {rows} is smaller"
+            )
+        shape = (rows, old.shape[1]) if axis == 0 else (old.shape[0], rows)
+        key = [seed, zlib.crc32("/".join(path).encode())]
+        result[path] = old.changed(shape, _Grow(rows, axis, key)) if rows > old.shape[axis] else old
+    return result
 
 
-def _checkpoint_folder(folder: pathlib.Path) -> pathlib.Path:
-    if (folder / "checkpoint").is_file():
-        return folder
-    steps = {
-        int(match[1]): child
-        for child in (folder.iterdir() if folder.is_dir() else ())
-        if (match := re.fullmatch(r"checkpoint_(\d+)", child.name))
-        and (child / "checkpoint").is_file()
-    }
-    if not steps:
-        raise UserError(f"{folder}: neither a t5x checkpoint folder nor a folder of checkpoint_N")
-    return steps[max(steps)]
+@dataclasses.dataclass(frozen=True)
+class _Grow:
+    rows: int
+    axis: int
+    key: list[int]
 
-
-def _is_spec(node: Any) -> bool:
-    return isinstance(node, dict) and isinstance(node.get("driver"), str)
-
-
-def _zarr_spec(leaf: Mapping[str, Any], folder: pathlib.Path, name: str) -> dict[str, Any]:
-    """A new spec with nothing of the checkpoint's own but the place, made safe.
-
-    Copies from buckets name other key-value drivers, and old checkpoints put `path` at the top.
-    """
-    if leaf["driver"] != "zarr":
-        raise UserError(f"{folder}: {name} has driver {leaf['driver']!r}, only zarr is read")
-    store = leaf.get("kvstore")
-    place = store.get("path") if isinstance(store, dict) else None
-    place = leaf.get("path") if place is None else place
-    if not isinstance(place, str) or not place.strip("/."):
-        raise UserError(f"{folder}: {name} names no array folder: {place!r}")
-    root = folder.resolve()
-    array = (folder / place).resolve()
-    if place.startswith("/") or ".." in re.split(r"[/\\]", place) or not _inside(array, root):
-        raise UserError(f"{folder}: {name} points outside the checkpoint: {place!r}")
-    if not (array / ".zarray").is_file():
-        raise UserError(f"{folder}: {name} has no array at {place!r}")
-    for entry in array.rglob("*"):
-        if not _inside(entry.resolve(), root):
-            raise UserError(f"{folder}: {name} holds a link out of the checkpoint: {entry.name!r}")
-    return {
-        "driver": "zarr",
-        "kvstore": {"driver": "file", "path": f"{array}/"},
-        "fill_missing_data_reads": False,
-    }
-
-
-def _inside(path: pathlib.Path, root: pathlib.Path) -> bool:
-    return path.is_relative_to(root) and path != root
+    def __call__(self, table: np.ndarray) -> np.ndarray:
+        count, width = table.shape[self.axis], table.shape[1 - self.axis]
+        mean = table.mean(self.axis, np.float64, keepdims=True)
+        squares = sum(
+            np.square(part.astype(np.float64) - mean).sum(self.axis, keepdims=True)
+            for part in np.array_split(table, 16, self.axis)
+        )
+        spread = SPREAD * np.sqrt(squares / count)
+        shape = [self.rows, self.rows]
+        shape[1 - self.axis] = width
+        out = np.empty(shape, table.dtype)
+        old, new = [slice(None)] * 2, [slice(None)] * 2
+        old[self.axis], new[self.axis] = slice(count), slice(count, None)
+        out[tuple(old)] = table
+        # Row by row, so that row n is the same whatever their number is.
+        noise = np.random.default_rng(self.key).standard_normal((self.rows - count, width))
+        out[tuple(new)] = mean + spread * (noise if self.axis == 0 else noise.T)
+        return out
 
 
 def infer_config(params: Mapping[str, Any], **overrides: Any) -> T5Config:
@@ -371,13 +344,14 @@ def infer_config(params: Mapping[str, Any], **overrides: Any) -> T5Config:
         layer = encoder["layers_0"]
         joined = layer["attention"]["query"]["kernel"].shape[1]
         mlp_dim = layer["mlp"]["wo"]["kernel"].shape[0]
-    except (KeyError, ValueError) as error:
+        head_dim = joined // num_heads
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError, ArithmeticError) as error:
         raise UserError(f"not the parameters of an unscanned T5: {error}") from error
     cfg = T5Config(
         vocab_size=vocab_size,
         emb_dim=emb_dim,
         num_heads=num_heads,
-        head_dim=joined // num_heads,
+        head_dim=head_dim,
         mlp_dim=mlp_dim,
         num_encoder_layers=_count(encoder),
         num_decoder_layers=_count(decoder),

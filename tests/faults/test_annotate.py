@@ -92,7 +92,7 @@ def test_killed_and_run_again_gives_the_same_bytes(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kills", "flags"), [(6, ()), (3, PROCESSES)], ids=["one", "two"])
+@pytest.mark.parametrize(("kills", "flags"), [(5, ()), (2, PROCESSES)], ids=["one", "two"])
 def test_killed_often_and_run_again_gives_the_same_bytes(tmp_path, kills, flags):
     kill_and_compare(tmp_path, kills, seed=2, flags=flags)
 

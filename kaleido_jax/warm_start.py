@@ -1,0 +1,118 @@
+"""Training that starts from other weights: `config.init_from` names imports and exports.
+
+Each folder gives the parts that it holds (`text_encoder`, `latent_decoder`, `denoiser`); later
+folders win. What reads the condition (its projection, its learned layers, the keys and values of
+cross-attention) starts anew where its size differs: a released MDM reads 2048 numbers per token,
+Kaleido 1024. A denoiser of fewer resolutions becomes the inner network of one of more.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax.traverse_util as traverse
+import jax
+import numpy as np
+
+from kaleido_jax import bundle
+from kaleido_jax.errors import UserError
+from kaleido_jax.models.kaleido import KaleidoConfig
+from kaleido_jax.models.t5 import stack_layers, unstack_layers
+from kaleido_jax.types import Params
+
+PARTS = ("text_encoder", "latent_decoder", "denoiser")
+# Parameters of a denoiser whose shape follows from the condition's width and learned layers.
+CONDITION = re.compile(r"/(condition|cross_norm|cross_kv)/")
+OUTER = re.compile(r"denoiser/(inner/)*(outer|to_inner|from_inner)/")
+
+
+def warm_start(
+    params: Params,
+    config: Any,
+    folders: Iterable[str],
+    say: Callable[[str], None] = lambda line: None,
+) -> Params:
+    """Parameters with those of the folders in the place of their own.
+
+    Args:
+      params: of the whole model, on devices; kept where no folder has a part.
+      config: the training config.
+      folders: imports or exports.
+      say: receives a line for each part: what is taken, what starts anew.
+
+    Raises:
+      UserError: a folder that is no import or export, or, in one line, every parameter of a part
+        that it lacks or has in another shape.
+    """
+    flat = traverse.flatten_dict(dict(params), sep="/")
+    for folder in map(pathlib.Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"config key 'init_from' names {folder}, which is not a folder")
+        found = bundle.read_tensors(folder)
+        present = [part for part in PARTS if any(n.startswith(f"{part}/") for n in found)]
+        wanted = [part for part in present if any(n.startswith(f"{part}/") for n in flat)]
+        if not wanted:
+            raise UserError(
+                f"config key 'init_from' names {folder}, which holds none of the model's parts"
+            )
+        source = bundle.read_config(folder)
+        for part in wanted:
+            _take(flat, part, _fitting(part, found, source, config), folder, say)
+    return traverse.unflatten_dict(flat, sep="/")
+
+
+def _fitting(part: str, found: Mapping[str, Any], source: Any, config: Any) -> dict[str, Any]:
+    """The tensors of one part under the names of the model that is to be trained."""
+    own = {name: tensor for name, tensor in found.items() if name.startswith(f"{part}/")}
+    if part == "denoiser":
+        ratios = [len(KaleidoConfig.from_config(c).ratios) for c in (source, config)]
+        prefix = f"{part}/" + "inner/" * max(0, ratios[1] - ratios[0])
+        return {prefix + name.removeprefix(f"{part}/"): t for name, t in own.items()}
+    scanned = [c.model[part].get("scan_layers", False) for c in (source, config)]
+    if scanned[0] == scanned[1]:
+        return own
+    arrays = {name.removeprefix(f"{part}/"): np.asarray(t) for name, t in own.items()}
+    tree = traverse.unflatten_dict(arrays, sep="/")
+    tree = stack_layers(tree) if scanned[1] else unstack_layers(tree)
+    return traverse.flatten_dict({part: tree}, sep="/")
+
+
+def _take(
+    flat: dict[str, Any],
+    part: str,
+    found: Mapping[str, Any],
+    folder: pathlib.Path,
+    say: Callable[[str], None],
+) -> None:
+    names = [name for name in flat if name.startswith(f"{part}/")]
+    problems, anew, taken = [], [], []
+    for name in names:
+        if name in found and tuple(found[name].shape) == flat[name].shape:
+            taken.append(name)
+        elif CONDITION.search(name) or (name not in found and OUTER.match(name)):
+            anew.append(name)
+        elif name not in found:
+            problems.append(f"{name} is missing")
+        else:
+            have, want = list(found[name].shape), list(flat[name].shape)
+            problems.append(f"{name} is {have}, should be {want}")
+    problems += [
+        f"{name} is unknown" for name in found if name not in flat and not CONDITION.search(name)
+    ]
+    if problems:
+        hint = ""
+        if any("token_embedder" in problem for problem in problems):
+            hint = " (import it with --vokens and --tokenizer as the config has them)"
+        raise UserError(f"{folder} does not fit the config{hint}: {'; '.join(problems)}")
+    for name in taken:
+        old = flat[name]
+        value = np.asarray(found[name]).astype(old.dtype, copy=False)
+        # A copy of its own: training reuses the memory of its state, and a file is not to write to.
+        flat[name] = jax.device_put(value, old.sharding, may_alias=False)
+    say(f"{part}: {len(taken)} parameters from {folder}")
+    if anew:
+        listed = ", ".join(anew[:4]) + (", ..." if len(anew) > 4 else "")
+        say(f"{part}: {len(anew)} parameters start anew: {listed}")
