@@ -30,14 +30,14 @@ GROUPS = {
     },
     2: {
         "training": "losses optim runlog warm_start train",
-        "generation": "decode guidance samplers settings stages written outputs generate stablehlo",
+        "generation": "grammar editing diverse decode guidance samplers settings stages written outputs generate stablehlo",
         "interop": "interop",
     },
     3: {
         "evaluation": "evaluate metrics figures bench",
     },
     4: {
-        "command line": "cli cli_arguments cli_doctor cli_train cli_annotate cli_build cli_tasks "
+        "command line": "cli cli_arguments cli_doctor cli_train cli_annotate cli_edit cli_build cli_tasks "
         "cli_weights",
         "page": "ui",
         "demo": "demo",
