@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from kaleido_jax import grammar as grammar_lib
 from kaleido_jax import tokens
 from kaleido_jax.errors import UserError
 
@@ -18,6 +19,30 @@ START = tokens.PAD
 
 # (cache, token [B]) -> (logits of the next token [B, V], cache).
 DecodeStep = Callable[[Any, Int[Array, "b"]], tuple[Float[Array, "b v"], Any]]
+
+
+class Plan(NamedTuple):
+    """Which part of z is to be drawn, for each sequence of a batch.
+
+    Attributes:
+      prefix: tokens that stand at the beginning; 0 after them.
+      first: the section that comes after the prefix, which ends with its section token; -1 where
+        there is no prefix.
+      last: the section after which the sequence ends.
+      limit: tokens of the whole sequence, prefix and EOS included.
+    """
+
+    prefix: Int[Array, "b l"]
+    first: Int[Array, "b"]
+    last: Int[Array, "b"]
+    limit: Int[Array, "b"]
+
+
+def whole(batch: int, max_length: int, num_latents: int) -> Plan:
+    """The plan that draws all latents."""
+    ones = jnp.ones((batch,), jnp.int32)
+    prefix = jnp.zeros((batch, max_length), jnp.int32)
+    return Plan(prefix, -ones, (num_latents - 1) * ones, max_length * ones)
 
 
 def filter_logits(
@@ -69,6 +94,8 @@ def sample_tokens(
     top_k: int | Int[Array, ""] = 0,
     top_p: float | Float[Array, ""] = 1.0,
     allowed: Bool[Array, "v"] | None = None,
+    grammar: grammar_lib.Tables | None = None,
+    plan: Plan | None = None,
 ) -> tuple[Int[Array, "b l"], Float[Array, "b"]]:
     """Samples token sequences until every one has its EOS or `max_length` tokens.
 
@@ -81,31 +108,48 @@ def sample_tokens(
       max_length: static number of tokens, EOS included.
       temperature, top_k, top_p: see `filter_logits`.
       allowed: tokens that may be written; all by default.
+      grammar: tables that let every sequence end in time and parse; no constraint by default.
+      plan: with a grammar, which part of z to draw; all of it by default.
 
     Returns:
       tokens: int32 [B, max_length], 0 after EOS; without any EOS the sequence is unfinished.
       log_prob: log p(z | c) of the tokens up to EOS under the unmodified model (no temperature,
-        no filter, no mask), float32 [B].
+        no filter, no mask), float32 [B]; the tokens of a prefix count too.
     """
     batch = keys.shape[0]
+    if grammar is not None and plan is None:
+        plan = whole(batch, max_length, grammar.starts.shape[0])
 
     def unfinished(state):
-        index, _, _, _, _, done = state
+        index, done = state[0], state[5]
         return (index < max_length) & ~jnp.all(done)
 
     def body(state):
-        index, token, cache, written, log_prob, done = state
+        index, token, cache, written, log_prob, done, place = state
         logits, cache = decode_step(cache, token)
         logits = logits.astype(jnp.float32)
         permitted = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+        if grammar is not None:
+            remaining = plan.limit - index
+            legal = grammar_lib.allowed(grammar, place, plan.last, remaining)
+            permitted = jnp.where(legal, logits, -jnp.inf)
         filtered = filter_logits(permitted, temperature, top_k, top_p)
         step_keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
         drawn = jax.vmap(jax.random.categorical)(step_keys, filtered).astype(jnp.int32)
+        if grammar is not None:
+            given = plan.prefix[:, index]
+            # Inside the prefix the state stays that of its end.
+            moved = grammar_lib.advance(grammar, place, plan.last, drawn)
+            place = jax.tree.map(
+                lambda old, new: jnp.where(_like(given > 0, new), old, new), place, moved
+            )
+            drawn = jnp.where(given > 0, given, drawn)
         token = jnp.where(done, tokens.PAD, drawn)
         own = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[:, None], axis=-1)[:, 0]
         log_prob = log_prob + jnp.where(done, 0.0, own)
         written = jax.lax.dynamic_update_slice_in_dim(written, token[:, None], index, axis=1)
-        return index + 1, token, cache, written, log_prob, done | (token == tokens.EOS)
+        done |= token == tokens.EOS
+        return index + 1, token, cache, written, log_prob, done, place
 
     state = (
         jnp.int32(0),
@@ -114,9 +158,14 @@ def sample_tokens(
         jnp.full((batch, max_length), tokens.PAD, jnp.int32),
         jnp.zeros((batch,), jnp.float32),
         jnp.zeros((batch,), bool),
+        None if grammar is None else grammar_lib.start(grammar, plan.first, plan.last),
     )
-    _, _, _, written, log_prob, _ = jax.lax.while_loop(unfinished, body, state)
+    _, _, _, written, log_prob, _, _ = jax.lax.while_loop(unfinished, body, state)
     return written, log_prob
+
+
+def _like(flags: Bool[Array, "b"], array: Array) -> Bool[Array, "b *ones"]:
+    return flags.reshape(flags.shape + (1,) * (array.ndim - 1))
 
 
 def check_filter(temperature: float, top_k: int, top_p: float) -> None:

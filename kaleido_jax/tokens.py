@@ -141,6 +141,10 @@ class Vocabulary:
         flush()
         return "".join(out)
 
+    def is_byte(self, token: int) -> bool:
+        """Whether a piece is one byte of a character that has no piece of its own."""
+        return 0 <= token < self._processor.get_piece_size() and self._processor.is_byte(token)
+
     def token_text(self, token: int) -> str:
         """What one token adds to the text: "" for special tokens, `#k` for a voken."""
         if self.is_voken(token):

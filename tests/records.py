@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kaleido_jax.data import record_files, tf_example
+from kaleido_jax.data import ShapesSource, record_files, tf_example
 
 LATENTS = ("text", "bbox", "blob", "voken")
 
@@ -86,3 +86,13 @@ def _tfrecord(data: bytes) -> bytes:
     length = struct.pack("<Q", len(data))
     crc = record_files._masked_crc
     return length + struct.pack("<I", crc(length)) + data + struct.pack("<I", crc(data))
+
+
+def write_shapes(root: Path, count: int = 23, name: str = "shapes", size: int = 64) -> Path:
+    """Records of the embedded shapes with all latents, where the task table looks for them."""
+    source = ShapesSource(count, seed=3, size=size, latents=LATENTS)
+    examples = [source[i] for i in range(count)]
+    made = [
+        record(e["key"], jpeg(e["image"]), size, e["caption"], **e["latents"]) for e in examples
+    ]
+    return write_folder(root / name / str(size) / "1.0.0", made, shards=3, name=name)

@@ -202,8 +202,8 @@ def test_blobs_without_boxes_are_refused_before_anything_is_read(tmp_path):
 # ---- TFDS ---------------------------------------------------------------------------------------
 
 
-def write_tfds(folder: pathlib.Path, pictures: np.ndarray) -> None:
-    """A prepared TFDS data set `tiny` of pictures labelled dog and owl, four to a file."""
+def write_tfds(folder: pathlib.Path, pictures: np.ndarray, labels=("dog", "owl")) -> None:
+    """A prepared TFDS data set `tiny` of pictures labelled in turns, four to a file."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.sequential_writer import SequentialWriter
 
@@ -212,7 +212,7 @@ def write_tfds(folder: pathlib.Path, pictures: np.ndarray) -> None:
     features = tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(shape=pictures.shape[1:]),
-            "label": tfds.features.ClassLabel(names=["dog", "owl"]),
+            "label": tfds.features.ClassLabel(names=list(labels)),
         }
     )
     identity = tfds.core.dataset_info.DatasetIdentity(
@@ -220,7 +220,7 @@ def write_tfds(folder: pathlib.Path, pictures: np.ndarray) -> None:
     )
     writer = SequentialWriter(tfds.core.DatasetInfo(builder=identity, features=features), 4)
     writer.initialize_splits(["train"])
-    examples = [{"image": image, "label": i % 2} for i, image in enumerate(pictures)]
+    examples = [{"image": image, "label": i % len(labels)} for i, image in enumerate(pictures)]
     writer.add_examples({"train": examples})
     writer.close_all()
 
@@ -252,6 +252,15 @@ def test_a_tfds_split_shard_by_shard(tmp_path):
     os.truncate(next((tmp_path / "tiny").rglob("*.tfrecord-00001")), 100)
     bad = inputs.open_shard(found[1], "")
     assert (len(bad), bad.whole, bad.lost[0][0]) == (0, False, "tiny-train-00001")
+
+
+@pytest.mark.slow
+def test_classes_of_imagenet_have_names(tmp_path):
+    pytest.importorskip("tensorflow_datasets", reason="TFDS: install the extra 'data'")
+    write_tfds(tmp_path, np.zeros((3, 16, 16, 3), np.uint8), ("n01440764", "n99999999"))
+    opened = inputs.open_shard(inputs.find_shards("tfds:tiny/train", str(tmp_path))[0], "")
+    assert [opened.stored(i)["metadata"]["label"] for i in range(2)] == ["tench", "n99999999"]
+    assert opened.stored(2)["caption"] == "a photo of a tench"
 
 
 # ---- models -------------------------------------------------------------------------------------

@@ -31,8 +31,8 @@ GROUPS = {
     2: {
         "training": "losses optim runlog warm_start train",
         "generation": (
-            "batches decode generate guidance outputs runner samplers settings stages thresholds"
-            " written stablehlo"
+            "batches decode diverse editing generate grammar guidance outputs runner samplers"
+            " settings stablehlo stages thresholds written"
         ),
         "interop": "interop",
     },
@@ -40,8 +40,10 @@ GROUPS = {
         "evaluation": "evaluate metrics figures bench",
     },
     4: {
-        "command line": "cli cli_arguments cli_doctor cli_train cli_annotate cli_build cli_tasks "
-        "cli_weights",
+        "command line": (
+            "cli cli_arguments cli_annotate cli_build cli_doctor cli_edit cli_tasks cli_train"
+            " cli_weights"
+        ),
         "page": "ui",
         "demo": "demo",
     },

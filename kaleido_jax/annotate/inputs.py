@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kaleido_jax.annotate import storage
 from kaleido_jax.annotate.protocols import Example
+from kaleido_jax.data import oracle
+from kaleido_jax.data.datasets import imagenet_class_names
 from kaleido_jax.data.sources import RecordError
 from kaleido_jax.data.tfds_shards import TfdsSplit
 from kaleido_jax.data.transforms import Frame, decode_image, orient, square_picture
@@ -17,6 +20,7 @@ from kaleido_jax.data.webdataset import NoRecordsError, WebDatasetSource, list_s
 from kaleido_jax.errors import UserError
 
 _TFDS = "tfds:"
+_WORDNET = re.compile(r"n\d{8}")  # how TFDS labels ImageNet
 IMAGE_SIZE = 512  # side at which engines see pictures, at most, unless told otherwise
 
 
@@ -160,6 +164,9 @@ class _TfdsShard:
         except RecordError as error:
             self.lost.append((shard.name, str(error)))
         self.whole = not self.lost
+        labels = {example["metadata"].get("label", "") for example in self._examples}
+        if any(_WORDNET.fullmatch(label) for label in labels):
+            self._examples = [_named(example) for example in self._examples]
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -169,6 +176,20 @@ class _TfdsShard:
 
     def stored(self, index: int) -> dict[str, Any]:
         return self._examples[index]
+
+
+def _named(example: dict[str, Any]) -> dict[str, Any]:
+    """An example of ImageNet with the name of its class in place of its WordNet number."""
+    label = _class_names().get(example["metadata"]["label"])
+    if label is None:
+        return example
+    metadata = {**example["metadata"], "label": label}
+    return {**example, "metadata": metadata, "caption": oracle.caption(metadata)}
+
+
+@functools.cache
+def _class_names() -> dict[str, str]:
+    return imagenet_class_names()
 
 
 @functools.lru_cache(maxsize=4)

@@ -10,6 +10,7 @@ from typing import Any
 from kaleido_jax.data.loader import Loader
 from kaleido_jax.data.record_source import RecordSource
 from kaleido_jax.data.sources import RecordError, ShapesSource, Source
+from kaleido_jax.data.task_table import task_source
 from kaleido_jax.data.toy import ToySource
 from kaleido_jax.data.webdataset import WebDatasetSource
 from kaleido_jax.errors import UserError
@@ -28,6 +29,7 @@ __all__ = [
 SOURCES = {
     "records": RecordSource,
     "shapes": ShapesSource,
+    "task": task_source,
     "toy": ToySource,
     "webdataset": WebDatasetSource,
 }
