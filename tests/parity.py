@@ -1,5 +1,7 @@
 """Compares the project with the reference numbers: `python -m tests.parity FOLDER`.
 
+`--through checkpoint` or `--through export` writes the weights to our files and reads them first.
+
 Every file of a known format in FOLDER is read (its format is the beginning of its name), and a
 line says how far each output is off. The exit status is 1 if any is off by more than its
 format's tolerance or any file cannot be read, 2 if there is nothing to read.
@@ -19,6 +21,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from tests.carried import WAYS, through
 
 Outputs = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
@@ -131,8 +135,15 @@ def report(path: pathlib.Path) -> tuple[bool, str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs every file of a folder; returns the exit status."""
-    if len(arguments) != 1 or not pathlib.Path(arguments[0]).is_dir():
-        print("usage: python -m tests.parity FOLDER (of reference files)", file=sys.stderr)
+    arguments, way = list(arguments), None
+    if "--through" in arguments[:-1]:
+        place = arguments.index("--through")
+        _, way = arguments[place : place + 2]
+        del arguments[place : place + 2]
+    wrong = way is not None and way not in WAYS
+    if len(arguments) != 1 or wrong or not pathlib.Path(arguments[0]).is_dir():
+        usage = f"python -m tests.parity FOLDER (of reference files) [--through {'|'.join(WAYS)}]"
+        print(f"usage: {usage}", file=sys.stderr)
         return 2
     paths = list(entries(pathlib.Path(arguments[0])))
     if not paths:
@@ -140,7 +151,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     failed = 0
     for path in paths:
-        holds, line = report(path)
+        with through(way):
+            holds, line = report(path)
         failed += not holds
         print(line, flush=True)
     return int(failed > 0)

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kaleido_jax.interop.mdm import from_mdm
+from kaleido_jax.interop.mdm import from_mdm, to_mdm
 from kaleido_jax.interop.mdm_config import config_from_mdm
 from kaleido_jax.models import nested_unet
 from kaleido_jax.types import Params
+from tests.carried import carry
 from tests.reference_rule import shapes_of, weights_of
 
 Outputs = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -24,7 +25,8 @@ Predict = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
 def load_network(file: Mapping[str, np.ndarray]) -> tuple[nn.Module, Params]:
     """The network of a reference file and its parameters."""
     config = config_from_mdm(json.loads(str(file["config_json"])), shapes_of(file))
-    return nested_unet.build(config), from_mdm(weights_of(file), config)
+    params = carry(from_mdm(weights_of(file), config))
+    return nested_unet.build(config), from_mdm(to_mdm(params, config), config)
 
 
 def nhwc(image: np.ndarray) -> np.ndarray:

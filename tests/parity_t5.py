@@ -16,6 +16,7 @@ import numpy as np
 from kaleido_jax.interop import t5 as interop
 from kaleido_jax.interop.t5x import read_t5x
 from kaleido_jax.models.t5 import T5, T5Config
+from tests.carried import carry
 from tests.reference_rule import weights_of
 
 IGNORED_LABEL = -100
@@ -32,7 +33,8 @@ def check_t5(path: str | pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray
         name: weight * (3 if "relative_attention_bias" in name else 1)
         for name, weight in weights_of(data).items()
     }
-    params = interop.from_huggingface(state, cfg)
+    params = carry(interop.from_huggingface(state, cfg))
+    params = interop.from_huggingface(interop.to_huggingface(params, cfg), cfg)
     tokens = jnp.asarray(data["input/input_ids"], jnp.int32)
     mask = jnp.asarray(data["input/attention_mask"]) != 0
     inputs = jnp.asarray(data["input/decoder_input_ids"], jnp.int32)
@@ -61,7 +63,7 @@ def check_t5x(folder: str | pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndar
     folder = pathlib.Path(folder)
     with np.load(folder / "golden.npz") as file:
         data = {name: file[name] for name in file.files}
-    params = read_t5x(folder)
+    params = carry(read_t5x(folder))
     cfg = _t5x_config(folder, params)
     interop.check_params(params, cfg, source=str(folder))
     _require_equal(params, data)
