@@ -52,7 +52,7 @@ DATA = [
 ANNOTATE = [
     "apache-beam>=2.77",
     "torch>=2.9",
-    "transformers>=5.2",
+    "transformers>=5.23",
     "pyarrow<26",
     "protobuf<7",
     "google-crc32c>=1.5",
