@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import kaleido_jax
-from kaleido_jax import cli_annotate, cli_build, cli_weights
+from kaleido_jax import cli_annotate, cli_build, cli_tasks, cli_weights
 from kaleido_jax import cli_arguments as arguments
 from kaleido_jax.errors import UserError
 
@@ -176,6 +176,8 @@ VERBS = {
     "annotate": (cli_annotate.add_annotate, cli_annotate.annotate),
     "annotate fit-vokens": (cli_annotate.add_fit_vokens, cli_annotate.fit_vokens),
     "build": (cli_build.add_build, cli_build.build),
+    "tasks": (cli_tasks.add_tasks, cli_tasks.tasks),
+    "bench data": (cli_tasks.add_bench_data, cli_tasks.bench_data),
     "demo": (arguments.add_demo, demo),
     "doctor": (arguments.add_doctor, doctor),
     "train": (arguments.add_train, train),

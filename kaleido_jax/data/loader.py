@@ -153,7 +153,7 @@ class Loader:
           UserError: another data set, seed or batch size: going on would not be the same stream.
         """
         now = self.position(int(position.get("step", 0)))
-        for name in now.keys() | position.keys():
+        for name in (*now, *(key for key in position if key not in now)):
             if now.get(name) != position.get(name):
                 raise UserError(
                     f"the data cannot go on where they stopped: {name} was "

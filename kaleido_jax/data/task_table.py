@@ -207,6 +207,7 @@ _DATA_SETS = (
     ("cifar10", 32),
     ("coco100", 64),
     ("coco100", 256),
+    ("shapes", 32),
     ("shapes", 64),
 )
 

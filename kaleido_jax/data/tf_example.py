@@ -116,7 +116,11 @@ def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
     while at < end:
         tag, at = _read_varint(data, at)
         if tag & 7 == _BYTES:
-            length, at = _read_varint(data, at)
+            length = data[at] if at < end else 0x80
+            if length < 0x80:  # most are: shorter than 128 bytes
+                at += 1
+            else:
+                length, at = _read_varint(data, at)
             if at + length > end:
                 raise ExampleError("the record ends within a field")
             yield tag >> 3, data[at : at + length]

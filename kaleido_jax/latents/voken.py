@@ -38,6 +38,7 @@ MAX_CODES = 65536
 MAX_CHARS = COUNT * 6
 
 _DIGITS = re.compile(r"[0-9]+")
+_CANONICAL = re.compile(rf"(?:#(?:0|[1-9][0-9]{{0,4}})){{{COUNT}}}")
 
 
 def validate(value: Sequence[int], codebook_size: int | None = None) -> tuple[int, ...]:
@@ -54,9 +55,14 @@ def validate(value: Sequence[int], codebook_size: int | None = None) -> tuple[in
 
 def parse(string: str, codebook_size: int | None = None) -> tuple[int, ...]:
     """Reads 32 ids. Raises LatentError, nothing else, whatever the input."""
+    if isinstance(string, str) and len(string) <= MAX_CHARS and _CANONICAL.fullmatch(string):
+        # The loader's way: no word by word, which only errors and the other spelling need.
+        ids = tuple(map(int, string[1:].split("#")))
+        if max(ids) < (MAX_CODES if codebook_size is None else min(codebook_size, MAX_CODES)):
+            return ids
     check_prose(string, NAME, MAX_CHARS)
     position = 1 if string[0] == "#" else 0
-    ids = []
+    found = []
     for word in string[position:].split("#"):
         if not _DIGITS.fullmatch(word):
             raise LatentSyntaxError(
@@ -66,13 +72,13 @@ def parse(string: str, codebook_size: int | None = None) -> tuple[int, ...]:
             raise LatentRangeError(f"id {excerpt(word)[1:-1]} is out of range", position, NAME)
         if word != str(int(word)):
             raise LatentSyntaxError(f"{word} is written {int(word)}", position, NAME)
-        ids.append((position, int(word)))
+        found.append((position, int(word)))
         position += len(word) + 1
-    values = [value for _, value in ids]
+    values = [value for _, value in found]
     if len(values) == COUNT:
         # One at a time, for the position of the first that the codebook lacks.
         limit = MAX_CODES if codebook_size is None else min(codebook_size, MAX_CODES)
-        for number, (start, value) in enumerate(ids, 1):
+        for number, (start, value) in enumerate(found, 1):
             try:
                 check_integer(value, f"id {number}", 0, limit - 1, NAME)
             except LatentError as error:
