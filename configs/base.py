@@ -145,4 +145,5 @@ def get_config() -> ConfigDict:
     c.sample.temperature = 1.0
     c.sample.top_k = 0  # 0 = off
     c.sample.top_p = 1.0
+    c.sample.constrained = True  # latents by their grammars only
     return c

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, UInt8
 
 from kaleido_jax import bundle as bundle_lib
 from kaleido_jax import config as config_lib
-from kaleido_jax import hub, tokens
+from kaleido_jax import grammar, hub, tokens
 from kaleido_jax.batches import (
     MAX_INDEX,
     MAX_PICTURES,
@@ -30,7 +30,7 @@ from kaleido_jax.outputs import Output, Progress, check_folder, grid, to_uint8, 
 from kaleido_jax.prompts import clean_prompt
 from kaleido_jax.runner import Runner
 from kaleido_jax.settings import Settings
-from kaleido_jax.written import allowed_tokens, latent_ids, read_latents
+from kaleido_jax.written import allowed_tokens, latent_ids, read_latents, shorten
 
 __all__ = ["Output", "Pipeline", "Progress", "Settings", "check_folder", "grid", "write_outputs"]
 
@@ -73,6 +73,7 @@ class Pipeline:
         if self.names:
             size = self._runner.vocab_size
             self._allowed = allowed_tokens(self._vocabulary, self.names, size)
+        self._tables = None
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, mesh: Mesh | None = None) -> Pipeline:
@@ -288,11 +289,16 @@ class Pipeline:
                     batch,
                     chosen,
                     attempt,
-                    self._allowed,
+                    self._constraint() if chosen.constrained else self._allowed,
                 )
                 for i, row, value in zip(part, ids, log_prob, strict=True):
                     latents, problems[i] = read_latents(self._vocabulary, row, self.names)
+                    if chosen.constrained and not problems[i]:
+                        latents, problems[i] = shorten(
+                            self._vocabulary, latents, self.names, self._runner.latent_length
+                        )
                     decoding = {
+                        "constrained": chosen.constrained,
                         "temperature": chosen.temperature,
                         "top_k": chosen.top_k,
                         "top_p": chosen.top_p,
@@ -313,6 +319,19 @@ class Pipeline:
             for i in pending
         ]
         return documents, warnings
+
+    def _constraint(self) -> grammar.Tables:
+        """The tables of constrained decoding, made once and kept on the devices."""
+        if self._tables is None:
+            runner = self._runner
+            tables = grammar.compile_tables(self._vocabulary, self.names, runner.vocab_size)
+            if tables.shortest > runner.latent_length:
+                raise UserError(
+                    f"config key 'data.latent_length' is {runner.latent_length}; the latents "
+                    f"{', '.join(self.names)} need {tables.shortest} tokens at least"
+                )
+            self._tables = runner.place(tables)
+        return self._tables
 
     # ---- inputs ---------------------------------------------------------------------------
 

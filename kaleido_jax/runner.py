@@ -18,7 +18,9 @@ from ml_collections import ConfigDict
 from kaleido_jax import mesh as mesh_lib
 from kaleido_jax import stages
 from kaleido_jax.batches import MAX_PICTURES, Encoded, check_range
+from kaleido_jax.decode import Plan
 from kaleido_jax.errors import UserError
+from kaleido_jax.grammar import Tables
 from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
 from kaleido_jax.settings import Settings
 from kaleido_jax.types import Params
@@ -93,7 +95,8 @@ class Runner:
         batch: int,
         settings: Settings,
         attempt: int,
-        allowed: Bool[np.ndarray, "v"],
+        rules: Bool[np.ndarray, "v"] | Tables,
+        plan: Plan | None = None,
     ) -> tuple[Int[np.ndarray, "rows lz"], Float[np.ndarray, "rows"]]:
         """Draws z for the pictures `part`; returns its tokens and log p(z | c).
 
@@ -102,8 +105,10 @@ class Runner:
           seeds, indices: of the pictures, their random numbers.
           batch: rows of the compiled program, at least len(part).
           attempt: number of the draw.
-          allowed: tokens that z may hold.
+          rules: tokens that z may hold, or the tables of its grammar (from `place`).
+          plan: with a grammar, which part of z to draw; rows as `part`.
         """
+        constrained = isinstance(rules, Tables)
         with mesh_lib.use_mesh(self._mesh):
             ids, log_prob = stages.draw_latents(
                 self._model,
@@ -114,11 +119,34 @@ class Runner:
                 self._put(indices.astype(np.uint32), batch),
                 np.uint32(attempt),
                 np.float32(settings.temperature),
-                np.int32(min(settings.top_k, allowed.size)),
+                np.int32(min(settings.top_k, self.vocab_size)),
                 np.float32(settings.top_p),
-                allowed,
+                None if constrained else rules,
+                rules if constrained else None,
+                None if plan is None else Plan(*(self._put(rows, batch) for rows in plan)),
             )
         return np.asarray(ids)[: len(part)], np.asarray(log_prob)[: len(part)]
+
+    def score(
+        self,
+        encoded: Encoded,
+        part: Int[np.ndarray, "rows"],
+        latents: Int[np.ndarray, "rows lz"],
+        batch: int,
+    ) -> Float[np.ndarray, "rows lz"]:
+        """log p of each token of z given those before it and the caption; 0 at padding."""
+        with mesh_lib.use_mesh(self._mesh):
+            log_prob = stages.score_latents(
+                self._model,
+                self.params,
+                self._put(latents, batch),
+                self._rows(encoded, part, batch),
+            )
+        return np.asarray(log_prob)[: len(part)]
+
+    def place(self, tables: Tables) -> Tables:
+        """The tables on every device."""
+        return jax.device_put(tables, mesh_lib.replicated(self._mesh))
 
     def render(
         self,

@@ -63,6 +63,7 @@ class Settings:
       cads_scale: of CADS noise on the condition; 0 is off.
       cads_interval: t below which there is no noise, and above which it is all noise.
       cads_mixing: see guidance.Annealing.
+      constrained: latents by their grammars only: all are there, whole, and parse.
     """
 
     guidance_weight: float
@@ -84,6 +85,7 @@ class Settings:
     cads_scale: float = 0.0
     cads_interval: tuple[float, float] = (0.6, 0.9)
     cads_mixing: float = 1.0
+    constrained: bool = True
 
     def __post_init__(self) -> None:
         guidance.check_guidance(self.guidance_weight, self.guidance_interval)
@@ -208,8 +210,10 @@ class Settings:
 def _typed(name: str, default: Any, value: Any) -> Any:
     """`value` as the type of the default; numbers of numpy and JSON are welcome, bools not."""
     try:
-        if isinstance(value, bool):
-            raise TypeError
+        if isinstance(value, bool) or isinstance(default, bool):
+            if type(value) is not type(default):
+                raise TypeError
+            return value
         if isinstance(default, tuple):
             return tuple(float(item) for item in value)
         if isinstance(default, str):

@@ -21,7 +21,7 @@ from jax import export as jax_export
 from jaxtyping import Array, Float, Int
 
 from kaleido_jax import bundle as bundle_lib
-from kaleido_jax import stages, tensor_files
+from kaleido_jax import grammar, stages, tensor_files
 from kaleido_jax.errors import UserError
 from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
 from kaleido_jax.settings import Settings
@@ -147,6 +147,12 @@ class _Programs:
         model, params = self.model, traverse.unflatten_dict(weights, sep="/")
         size = model.cfg.latent_decoder.vocab_size
         allowed = allowed_tokens(self.bundle.vocabulary, tuple(self.config.latents), size)
+        constraint = None
+        if self.settings.constrained:
+            tables = grammar.compile_tables(
+                self.bundle.vocabulary, tuple(self.config.latents), size
+            )
+            constraint = jax.tree.map(jnp.asarray, tables)
         encoded = stages.encode(model, params, captions)
         return stages.draw_latents(
             model,
@@ -160,6 +166,7 @@ class _Programs:
             top_k,
             top_p,
             jnp.asarray(allowed),
+            constraint,
         )
 
     def render(

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 from ml_collections import ConfigDict
 
-from kaleido_jax import decode, diffusion, guidance, mesh, rng, samplers
+from kaleido_jax import decode, diffusion, grammar, guidance, mesh, rng, samplers, tokens
 from kaleido_jax.errors import UserError
 from kaleido_jax.models.kaleido import Kaleido, join
 from kaleido_jax.samplers import State
@@ -143,9 +143,14 @@ def draw_latents(
     temperature: Float[Array, ""],
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],
-    allowed: Bool[Array, "v"],
+    allowed: Bool[Array, "v"] | None,
+    constraint: grammar.Tables | None = None,
+    plan: decode.Plan | None = None,
 ) -> tuple[Int[Array, "b lz"], Float[Array, "b"]]:
-    """Samples z ~ p(z | c) with a key-value cache; returns (tokens, log p(z | c))."""
+    """Samples z ~ p(z | c) with a key-value cache; returns (tokens, log p(z | c)).
+
+    With a constraint every sequence is a sentence of its grammar, and `plan` may give part of it.
+    """
     empty = jnp.zeros((seeds.shape[0], length), jnp.int32)
     _, variables = model.apply(
         {"params": params}, empty, encoded, method="decode_step", mutable=["cache"]
@@ -170,7 +175,20 @@ def draw_latents(
         top_k=top_k,
         top_p=top_p,
         allowed=allowed,
+        grammar=constraint,
+        plan=plan,
     )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score_latents(
+    model: Kaleido, params: Params, latent_tokens: Int[Array, "b lz"], encoded: Conditioning
+) -> Float[Array, "b lz"]:
+    """log p of each token of z given c and the tokens before it (Eq. 5); 0 at padding."""
+    _, logits, _ = model.apply({"params": params}, latent_tokens, encoded, method="latent_states")
+    log_prob = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+    own = jnp.take_along_axis(log_prob, latent_tokens[..., None], axis=-1)[..., 0]
+    return jnp.where(latent_tokens != tokens.PAD, own, 0.0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))

@@ -90,3 +90,21 @@ def latent_ids(
       LatentError or UserError: vokens that this vocabulary does not have.
     """
     return tokens.pad(vocabulary.encode_latents(latents, names, length), length)
+
+
+def shorten(
+    vocabulary: Vocabulary, latents: dict[str, str], names: Sequence[str], length: int
+) -> tuple[dict[str, str], list[str]]:
+    """What of whole, valid latents `latent_ids` keeps within `length` tokens, and what is lost.
+
+    The decoder may have spelled a string in fewer tokens than the vocabulary would. A document
+    must say what its picture was made from, so it keeps what fits; texts lose words at their end
+    and grounded captions segments, as in training.
+
+    Returns:
+      (the latents, mostly as they are; a problem for each latent of which nothing is left).
+    """
+    ids = vocabulary.encode_latents(latents, names, length)
+    kept = {name: s for name, s in vocabulary.decode_latents(ids, names).items() if s}
+    lost = [name for name in latents if name not in kept]
+    return kept, [f"{name} does not fit into {length} tokens" for name in lost]

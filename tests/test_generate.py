@@ -198,7 +198,7 @@ def test_greedy_latents_are_all_the_same():
 
 def test_latents_that_stay_invalid_are_marked_and_never_crash():
     pipe = _pipe(("bbox",))
-    out = pipe(PROMPT, num_images=3, seed=0)
+    out = pipe(PROMPT, num_images=3, seed=0, constrained=False)
     assert out.images.shape[0] == 3 and len(out.warnings) == 3
     for document, warning in zip(out.documents, out.warnings, strict=True):
         assert document.decoding["draws"] == generate.MAX_DRAWS
@@ -208,8 +208,10 @@ def test_latents_that_stay_invalid_are_marked_and_never_crash():
 
 def test_several_latents_open_their_sections():
     pipe = _pipe(("text", "bbox"))
-    for document in pipe.draw_latents(PROMPT, num_images=2):
+    for document in pipe.draw_latents(PROMPT, num_images=2, constrained=False):
         assert set(document.latents) <= {"text", "bbox"}
+    with pytest.raises(UserError, match=r"latent_length' is 10; the latents text, bbox need 14"):
+        pipe.draw_latents(PROMPT)
 
 
 def test_a_sweep_compiles_once():
