@@ -22,7 +22,7 @@ from kaleido_jax.models import nested_unet, unet
 from kaleido_jax.tensor_files import Tensor, Tensors, as_tensor
 from kaleido_jax.types import Params
 
-__all__ = ["config_from_mdm", "from_mdm", "mdm_name", "mdm_tensors", "to_mdm"]
+__all__ = ["config_from_mdm", "from_mdm", "leaves", "mdm_name", "mdm_tensors", "to_mdm"]
 
 Config = unet.Config | nested_unet.Config
 State = Mapping[str, Shaped[np.ndarray, "..."]]  # or tensors that are not read yet
@@ -87,7 +87,7 @@ def from_mdm(state: State, config: Config) -> Params:
 def mdm_tensors(state: Tensors, config: Config) -> dict[tuple[str, ...], Tensor]:
     """What `from_mdm` gives by path, none of it read yet; arguments and errors as there."""
     found, problems, known = {}, [], set()
-    for path, leaf in _leaves(config).items():
+    for path, leaf in leaves(config).items():
         name = mdm_name(path, config)
         known.add(name)
         shape = _mdm_shape(name, leaf.shape)
@@ -113,7 +113,7 @@ def to_mdm(params: Params, config: Config) -> dict[str, np.ndarray]:
     return state
 
 
-def _leaves(config: Config) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+def leaves(config: Config) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
     """Shapes of the parameters by path, from an abstract initialisation."""
     model = nested_unet.build(config)
     side = _lowest(config).shrink
