@@ -30,7 +30,7 @@ from kaleido_jax.outputs import Output, Progress, check_folder, grid, to_uint8, 
 from kaleido_jax.prompts import clean_prompt
 from kaleido_jax.runner import Runner
 from kaleido_jax.settings import Settings
-from kaleido_jax.written import allowed_tokens, latent_ids, read_latents, shorten
+from kaleido_jax.written import allowed_tokens, latent_ids, own_tokens, read_latents
 
 __all__ = ["Output", "Pipeline", "Progress", "Settings", "check_folder", "grid", "write_outputs"]
 
@@ -293,10 +293,6 @@ class Pipeline:
                 )
                 for i, row, value in zip(part, ids, log_prob, strict=True):
                     latents, problems[i] = read_latents(self._vocabulary, row, self.names)
-                    if chosen.constrained and not problems[i]:
-                        latents, problems[i] = shorten(
-                            self._vocabulary, latents, self.names, self._runner.latent_length
-                        )
                     decoding = {
                         "constrained": chosen.constrained,
                         "temperature": chosen.temperature,
@@ -305,6 +301,9 @@ class Pipeline:
                         "seed": blank[i].seed,
                         "draws": attempt + 1,
                     }
+                    own = own_tokens(self._vocabulary, row, latents, self.names)
+                    if own is not None and not problems[i]:
+                        decoding["tokens"] = own
                     if problems[i]:
                         decoding["problems"] = [problem[:200] for problem in problems[i]]
                     documents[i] = dataclasses.replace(
@@ -352,9 +351,7 @@ class Pipeline:
             raise UserError(f"this model has no latent {unknown[0]!r}; its latents: {known}")
         if not self.names:
             return np.zeros(0, np.int32)
-        return latent_ids(
-            self._vocabulary, document.latents, self.names, self._runner.latent_length
-        )
+        return latent_ids(self._vocabulary, document, self.names, self._runner.latent_length)
 
 
 def _random_numbers(

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from kaleido_jax import tokens
-from kaleido_jax.latents import LatentError, latent_type
+from kaleido_jax.latents import LatentDocument, LatentError, latent_type
+from kaleido_jax.latents import document as documents
 from kaleido_jax.tokens import Vocabulary
 
 # Latents that are a sequence of segments, so that a beginning of them can be valid too.
@@ -82,29 +83,38 @@ def _valid_beginning(name: str, string: str) -> str:
 
 
 def latent_ids(
-    vocabulary: Vocabulary, latents: dict[str, str], names: Sequence[str], length: int
+    vocabulary: Vocabulary, document: LatentDocument, names: Sequence[str], length: int
 ) -> Int[np.ndarray, "lz"]:
     """Tokens of a document's latents as in training, so that the document alone makes z.
+
+    Where the decoder spelled them in fewer tokens than the vocabulary would, and those do not fit,
+    the document has the decoder's own (`own_tokens`); edited latents are spelled anew, and cut if
+    they are too long, as in training.
 
     Raises:
       LatentError or UserError: vokens that this vocabulary does not have.
     """
-    return tokens.pad(vocabulary.encode_latents(latents, names, length), length)
+    own = document.decoding.get("tokens")
+    if isinstance(own, list) and len(own) <= length:
+        # Documents come from strangers.
+        known = all(type(i) is int and 0 < i < vocabulary.size for i in own)
+        if known and _written(vocabulary, own, names) == document.latents:
+            return tokens.pad(own, length)
+    return tokens.pad(vocabulary.encode_latents(document.latents, names, length), length)
 
 
-def shorten(
-    vocabulary: Vocabulary, latents: dict[str, str], names: Sequence[str], length: int
-) -> tuple[dict[str, str], list[str]]:
-    """What of whole, valid latents `latent_ids` keeps within `length` tokens, and what is lost.
+def own_tokens(
+    vocabulary: Vocabulary,
+    ids: Int[np.ndarray, "lz"],
+    latents: dict[str, str],
+    names: Sequence[str],
+) -> list[int] | None:
+    """The decoder's tokens of whole, valid latents, if they would be cut when spelled anew."""
+    again = vocabulary.encode_latents(latents, names, len(ids))
+    if _written(vocabulary, again, names) == latents or len(ids) > documents.MAX_LIST:
+        return None
+    return [int(i) for i in ids if i != tokens.PAD]
 
-    The decoder may have spelled a string in fewer tokens than the vocabulary would. A document
-    must say what its picture was made from, so it keeps what fits; texts lose words at their end
-    and grounded captions segments, as in training.
 
-    Returns:
-      (the latents, mostly as they are; a problem for each latent of which nothing is left).
-    """
-    ids = vocabulary.encode_latents(latents, names, length)
-    kept = {name: s for name, s in vocabulary.decode_latents(ids, names).items() if s}
-    lost = [name for name in latents if name not in kept]
-    return kept, [f"{name} does not fit into {length} tokens" for name in lost]
+def _written(vocabulary: Vocabulary, ids: Sequence[int], names: Sequence[str]) -> dict[str, str]:
+    return {name: s for name, s in vocabulary.decode_latents(ids, names).items() if s}

@@ -210,7 +210,7 @@ WRONG = {
     "decoding nested": (change(decoding={"a": {}}), "decoding.a: must be a number, not dict"),
     "decoding key": (change(decoding={"A b": 1}), "decoding, a key: 'A b' does not match"),
     "long setting": (change(decoding={"a": "x" * 300}), "decoding.a: has 300 characters"),
-    "long list": (change(decoding={"a": [1] * 17}), "decoding.a: a list of 17"),
+    "long list": (change(decoding={"a": [1] * 2049}), "decoding.a: a list of 2049"),
     "many settings": (
         change(sampler_settings={f"a{i}": 1 for i in range(33)}),
         "sampler_settings: must be an object of at most 32",

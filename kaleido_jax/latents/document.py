@@ -45,6 +45,7 @@ COORDINATES = {
 MAX_BYTES = 1 << 19  # of JSON; the largest valid document stays below it
 MAX_CAPTION = 4096
 MAX_SETTINGS = 16384  # characters of JSON, each of the two
+MAX_LIST = 2048  # values of one setting
 MAX_FILE_BYTES = 1 << 26
 MAX_PIXELS = 1 << 24
 PNG_KEY = "kaleido-latents"
@@ -275,7 +276,7 @@ def _latents(value: object) -> dict[str, str]:
 
 
 def _settings(value: object, name: str) -> dict[str, Any]:
-    """At most 32 plain values, or short lists of them, under plain keys; MAX_SETTINGS in all."""
+    """At most 32 plain values, or lists of them, under plain keys; MAX_SETTINGS in all."""
     if not isinstance(value, dict) or len(value) > 32:
         raise DocumentError(f"{name}: must be an object of at most 32 settings")
     settings = {}
@@ -283,8 +284,10 @@ def _settings(value: object, name: str) -> dict[str, Any]:
         _match(key, f"{name}, a key", _KEY)
         where = f"{name}.{key}"
         if isinstance(item, (list, tuple)):
-            if len(item) > 16:
-                raise DocumentError(f"{where}: a list of {len(item)}, at most 16 are allowed")
+            if len(item) > MAX_LIST:
+                raise DocumentError(
+                    f"{where}: a list of {len(item)}, at most {MAX_LIST} are allowed"
+                )
             settings[key] = [_setting(element, where) for element in item]
         else:
             settings[key] = _setting(item, where)
