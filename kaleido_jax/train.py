@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -184,7 +184,8 @@ def train(
       The last state.
 
     Raises:
-      UserError: the workdir was made by another config, or the data cannot be read.
+      UserError: the workdir was made by another config or from other data, or the data cannot be
+        read.
     """
     workdir = pathlib.Path(workdir)
     trainer = Trainer(config)
@@ -203,6 +204,10 @@ def train(
             f"{optim.count_parameters(state.frozen):,} frozen"
         )
     else:
+        # Before anything is restored: other data would not be the same stream.
+        position = checkpoints.meta(newest).get("loader_position")
+        if isinstance(position, dict):  # earlier checkpoints only tell their step
+            loader.resume(position)
         template = trainer.abstract_state().as_dict()
         state, start = TrainState(**checkpoints.restore(newest, template)), newest
         say(f"going on from step {newest} of {workdir}")
@@ -210,8 +215,7 @@ def train(
         say(f"nothing to do: step {start} of {config.train.num_steps} is done")
         return state
     with runlog.RunLog(workdir, start, config.train, say) as log:
-        batches = loader.batches(start)
-        state = _loop(trainer, state, start, batches, checkpoints, log, sample_hook, vocabulary)
+        state = _loop(trainer, state, start, loader, checkpoints, log, sample_hook, vocabulary)
     return state
 
 
@@ -227,13 +231,14 @@ def _loop(
     trainer: Trainer,
     state: TrainState,
     start: int,
-    batches: Iterator[Batch],
+    loader: Loader,
     checkpoints: checkpoint.Checkpoints,
     log: runlog.RunLog,
     sample_hook: SampleHook | None,
     vocabulary: Vocabulary,
 ) -> TrainState:
     config, t = trainer.config, trainer.config.train
+    batches = loader.batches(start)
     for step in range(start, t.num_steps):
         state, metrics = trainer.step(state, trainer.put(next(batches)))
         done = step + 1
@@ -243,7 +248,7 @@ def _loop(
             log.write(done)
         if done % t.checkpoint_every == 0 or done == t.num_steps:
             started = time.monotonic()
-            checkpoints.save(done, state.as_dict(), checkpoint_meta(config, done))
+            checkpoints.save(done, state.as_dict(), checkpoint_meta(config, done, loader))
             log.exclude(time.monotonic() - started)
         if sample_hook and t.sample_every and (done % t.sample_every == 0 or done == t.num_steps):
             started = time.monotonic()
@@ -255,11 +260,11 @@ def _loop(
     return state
 
 
-def checkpoint_meta(config: ConfigDict, step: int) -> dict[str, Any]:
-    """What a checkpoint tells of itself; the loader's position is the step."""
+def checkpoint_meta(config: ConfigDict, step: int, loader: Loader) -> dict[str, Any]:
+    """What a checkpoint tells of itself, the loader's position among it."""
     return {
         "step": step,
-        "loader_position": step,
+        "loader_position": loader.position(step),
         "config_fingerprint": config_lib.fingerprint(config),
         "versions": runlog.versions(),
     }

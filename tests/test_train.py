@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from kaleido_jax import bundle, config, losses, train
+from kaleido_jax import bundle, checkpoint, config, losses, train
+from kaleido_jax.data import ToySource
 from kaleido_jax.errors import UserError
 from kaleido_jax.models.kaleido import Kaleido
 from tests.tiny import tiny_config
@@ -252,11 +253,20 @@ def test_a_killed_run_goes_on_from_the_last_whole_step(tmp_path):
     assert steps == [1, 2, 3]
 
 
-def test_a_changed_config_is_refused_and_the_difference_shown(tmp_path):
+def test_a_changed_config_and_changed_data_are_refused_and_the_difference_shown(
+    tmp_path, monkeypatch
+):
     train.train(quick_config("train.num_steps=1"), tmp_path, say=lambda _: None)
     changed = quick_config("train.num_steps=1", "optim.learning_rate=0.5")
     with pytest.raises(UserError, match=r"optim\.learning_rate: 0\.002 -> 0\.5"):
         train.train(changed, tmp_path, say=lambda _: None)
+    saved = checkpoint.Checkpoints(tmp_path).meta(1)["loader_position"]
+    assert saved["step"] == 1
+    assert len(json.dumps(saved)) < 1000
+    # The same config, but the data under it have become others.
+    monkeypatch.setattr(ToySource, "__len__", lambda source: 999)
+    with pytest.raises(UserError, match="examples was .* now it is 999; use a new workdir"):
+        train.train(quick_config("train.num_steps=2"), tmp_path, say=lambda _: None)
 
 
 def test_a_batch_that_the_mesh_cannot_share_is_refused():

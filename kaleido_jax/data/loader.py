@@ -156,8 +156,8 @@ class Loader:
         for name in (*now, *(key for key in position if key not in now)):
             if now.get(name) != position.get(name):
                 raise UserError(
-                    f"the data cannot go on where they stopped: {name} was "
-                    f"{position.get(name)!r}, now it is {now.get(name)!r}"
+                    f"the data are others than before, so they cannot go on: {name} was "
+                    f"{position.get(name)!r}, now it is {now.get(name)!r}; use a new workdir"
                 )
         return now["step"]
 
