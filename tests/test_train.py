@@ -265,7 +265,7 @@ def test_a_changed_config_and_changed_data_are_refused_and_the_difference_shown(
     assert len(json.dumps(saved)) < 1000
     # The same config, but the data under it have become others.
     monkeypatch.setattr(ToySource, "__len__", lambda source: 999)
-    with pytest.raises(UserError, match="examples was .* now it is 999; use a new workdir"):
+    with pytest.raises(UserError, match=r"examples was .* now it is 999; use a new workdir"):
         train.train(quick_config("train.num_steps=2"), tmp_path, say=lambda _: None)
 
 
