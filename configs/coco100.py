@@ -13,10 +13,12 @@ from kaleido_jax.configs import shapes
 def get_config() -> ConfigDict:
     c = shapes.get_config()
     c.latents = ("bbox",)
+    c.vocabulary.num_vokens = 1000  # the patch tokenizer of the package, for z with vokens
+    c.model.latent_decoder = shapes.small_t5(vocab_size=1536)
     c.data.source = ConfigDict(dict(name="webdataset", path="../shared/data/coco100"))
     c.data.image_size = 64
     c.data.caption_length = 64
-    c.data.latent_length = 224  # the shipped vocabulary spells boxes digit by digit
+    c.data.latent_length = 288  # text, boxes and vokens together take 269 at most
     c.model.denoiser = ConfigDict(
         dict(
             name="nested_unet",
