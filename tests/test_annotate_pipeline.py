@@ -209,9 +209,40 @@ def test_lost_records_and_shards_count(tmp_path):
     stage = manifest["stages"]["bbox"]
     assert [s["records"] for s in stage["shards"].values()] == [10, 9, 0, 10]
     config_hash = stage["config_hash"]
-    for shard, words in (("00001", "ends"), ("00002", "no such file")):
+    for shard, words in (("00001", "ends"), ("00002", "No such file")):
         letters = sidecars.read_dead_letters(tmp_path / "out", "bbox", shard, config_hash)
         assert words in letters[0]["error"]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_shard_without_records_loses_nothing(tmp_path, alone):
+    shards(tmp_path / "data", 0 if alone else 1, 3)
+    write_shard(tmp_path / "data" / "00009.tar", {})
+    manifest = run(tmp_path / "data", tmp_path / "out", max_failure_rate=0.0)
+    empty = manifest["stages"]["bbox"]["shards"]["00009"]
+    assert (empty["records"], empty["dead_letters"], empty["source"]["whole"]) == (0, 0, True)
+    assert manifest["totals"]["records"] == (0 if alone else 3)
+
+
+HOSTILE = {
+    "half a surrogate pair": b'{"objects": [{"label": "a\\ud800", "bbox_xyxy": [0, 0, 900, 900]}]}',
+    "digits": b'{"objects": ' + b"1" * 5000 + b"}",
+    "number": b'{"objects": [{"label": "a", "bbox_xyxy": [1' + b"0" * 400 + b", 1, 2, 3]}]}",
+    "label": b'{"objects": [{"label": "' + b"x" * 5000 + b'", "bbox_xyxy": [0, 0, 900, 900]}]}',
+    "nesting": b"[" * 100_000,
+}
+
+
+def test_hostile_json_costs_one_record_each(tmp_path):
+    shards(tmp_path / "data", 1, 8)
+    members = {}
+    for name, data in HOSTILE.items():
+        members |= record(name, 1) | {f"{name}.json": data}
+    write_shard(tmp_path / "data" / "00009.tar", members | record("good", 1, [thing()]))
+    manifest = run(tmp_path / "data", tmp_path / "out", ("text", "bbox"), max_failure_rate=0.5)
+    for stage in ("text", "bbox"):
+        counts = manifest["stages"][stage]["counts"]
+        assert (counts["ok"], counts["failed"]) == (9, len(HOSTILE))
 
 
 class Moody:

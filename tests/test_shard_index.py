@@ -64,6 +64,42 @@ def test_two_shards_of_one_name_are_refused(tmp_path):
         list_shards(f"{tmp_path / 'x'},{tmp_path / 'y'}")
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"GNU.sparse.map": "1,x", "GNU.sparse.major": "0"},
+        {"GNU.sparse.size": "q"},
+        {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "q"},
+        {"size": "9" * 30},
+    ],
+)
+def test_extended_headers_that_make_no_sense(tmp_path, headers):
+    path = write_shard(tmp_path / "a.tar", record("k0", 1))
+    with tarfile.open(path, "a", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("k1.jpg")
+        info.size, info.pax_headers = 4, headers
+        tar.addfile(info, io.BytesIO(b"data"))
+    for _ in range(2):
+        index = index_shard(path)
+        assert [r.key for r in index.records] == ["k0"]
+        assert not index.whole
+        assert "not a whole tar" in index.lost[-1].reason
+
+
+def test_hidden_files_of_a_folder_are_no_shards(tmp_path):
+    path = write_shard(tmp_path / "a.tar", record("k0", 1))
+    (tmp_path / "._a.tar").write_bytes(b"what macOS lays beside a file")
+    assert list_shards(str(tmp_path)) == [path]
+
+
+def test_shards_whose_names_are_not_utf8_are_refused(tmp_path):
+    os.rename(
+        write_shard(tmp_path / "a.tar", record("k0", 1)), os.fsencode(tmp_path) + b"/b\xff.tar"
+    )
+    with pytest.raises(UserError, match=r"b\\xff\.tar has a name that is not UTF-8"):
+        list_shards(str(tmp_path))
+
+
 # ---- the kept index ---------------------------------------------------------------------------
 
 

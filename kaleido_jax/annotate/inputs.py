@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from kaleido_jax.annotate import storage
 from kaleido_jax.annotate.protocols import Example
 from kaleido_jax.data import oracle
 from kaleido_jax.data.datasets import imagenet_class_names
+from kaleido_jax.data.shard_index import index_shard, list_shards
 from kaleido_jax.data.sources import RecordError
 from kaleido_jax.data.tfds_shards import TfdsSplit
 from kaleido_jax.data.transforms import Frame, decode_image, orient, square_picture
-from kaleido_jax.data.webdataset import NoRecordsError, WebDatasetSource, list_shards
+from kaleido_jax.data.webdataset import record_key, stored_record
 from kaleido_jax.errors import UserError
 
 _TFDS = "tfds:"
@@ -128,31 +129,18 @@ def read_example(stored: dict[str, Any], most: int, bbox: str | None = None) -> 
 
 class _TarShard:
     def __init__(self, name: str, path: str):
-        self._source: WebDatasetSource | None = None
-        self.lost: list[tuple[str, str]] = []
-        self.whole = False
-        if not os.path.isfile(path):
-            self.lost.append((name, f"no such file: {path}"))
-            return
-        try:
-            self._source = WebDatasetSource(path, latents=(), max_bad_fraction=1.0)
-        except NoRecordsError as error:
-            self.lost.append((name, str(error)))
-            return
-        # Places are `PATH` for the shard's own end and `PATH: KEY` for a record.
-        self.whole = path not in self._source.bad
-        for place, reason in self._source.bad.items():
-            key = place.removeprefix(path).removeprefix(": ")
-            self.lost.append((f"{name}/{key}" if key else name, reason))
+        index = index_shard(Path(path))
+        self._records, self.whole = index.records, index.whole
+        self.lost = [(f"{name}/{key}" if key else name, reason) for key, reason in index.lost]
 
     def __len__(self) -> int:
-        return len(self._source) if self._source else 0
+        return len(self._records)
 
     def key(self, index: int) -> str:
-        return self._source.key(index)
+        return record_key(self._records[index])
 
     def stored(self, index: int) -> dict[str, Any]:
-        return self._source.encoded(index)
+        return stored_record(self._records[index])
 
 
 class _TfdsShard:

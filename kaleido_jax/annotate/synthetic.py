@@ -96,4 +96,4 @@ class OracleEngine:
         objects = oracle.read_objects(
             dict(example.metadata), frame, example.stored or (width, height)
         )
-        return oracle.WRITERS[self.stage](objects[: self.max_objects])
+        return oracle.write(self.stage, objects[: self.max_objects])

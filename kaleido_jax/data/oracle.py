@@ -7,7 +7,7 @@ the picture's width and height. A polygon may have several parts, each closed on
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +19,12 @@ from kaleido_jax.data.transforms import Frame, mask_ellipse
 from kaleido_jax.latents import bbox, blob
 from kaleido_jax.latents.bbox import Box
 from kaleido_jax.latents.blob import Ellipse
+from kaleido_jax.latents.characters import clean
 from kaleido_jax.latents.errors import LatentError
 
 MAX_OBJECTS = 1000
+MAX_LABEL = 200  # characters
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes it
 _MASK_SIDE = 256  # side of the square on which polygons are filled
 _MAX_WORDS = 80
 
@@ -42,9 +45,12 @@ class Seen:
 def read_metadata(data: bytes) -> dict[str, Any]:
     """The JSON object of a record. Raises AnnotationError."""
     try:
-        metadata = json.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise AnnotationError(f"the JSON cannot be read: {error}") from error
+        text = data.decode("utf-8")
+        metadata = json.loads(text)
+        if _SURROGATE.search(text):  # a whole pair is a character, half of one is not
+            json.dumps(metadata, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise AnnotationError(f"the JSON cannot be read: {str(error)[:200]}") from error
     if not isinstance(metadata, dict):
         raise AnnotationError("the JSON is not an object")
     return metadata
@@ -91,9 +97,13 @@ def read_objects(metadata: dict[str, Any], frame: Frame, stored: tuple[int, int]
 def _read_object(item: Any, frame: Frame) -> Seen | None:
     if not isinstance(item, dict) or not isinstance(item.get("label"), str):
         raise AnnotationError("an object needs a 'label'")
-    label = " ".join(item["label"].split())
+    label = clean(item["label"])
     if not label:
         raise AnnotationError("the 'label' is empty")
+    if len(label) > MAX_LABEL:
+        raise AnnotationError(
+            f"the 'label' has {len(label)} characters, at most {MAX_LABEL} may be"
+        )
     corners = _numbers(item.get("bbox_xyxy"), "bbox_xyxy")
     if len(corners) != 4:
         raise AnnotationError(f"'bbox_xyxy' has {len(corners)} numbers, not 4")
@@ -121,7 +131,7 @@ def _numbers(value: Any, name: str) -> np.ndarray:
     for number in value:
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise AnnotationError(f"'{name}' must be a list of numbers")
-        if not (math.isfinite(number) and abs(number) <= 10_000):
+        if not abs(number) <= 10_000:  # false of NaN too
             raise AnnotationError(f"'{name}' has a number out of range")
     return np.array(value, float)
 
@@ -203,3 +213,15 @@ WRITERS: dict[str, Callable[[Sequence[Seen]], str]] = {
     "bbox": grounded_caption,
     "blob": blobs,
 }
+
+
+def write(name: str, objects: Sequence[Seen]) -> str:
+    """The latent `name`, one of WRITERS; "" where the objects give nothing.
+
+    Raises:
+      AnnotationError: more objects or longer labels than the latent may hold.
+    """
+    try:
+        return WRITERS[name](objects)
+    except LatentError as error:
+        raise AnnotationError(str(error)) from error

@@ -101,8 +101,8 @@ def list_shards(path: str) -> list[Path]:
         `data/{00000..00004}.tar`, or a pattern such as `data/*.tar`; several separated by commas.
 
     Raises:
-      UserError: nothing of that name, an empty folder or pattern, a range that is none, two shards
-        of one name (keys are SHARD/KEY).
+      UserError: nothing of that name, an empty folder or pattern, a range that is none, a name
+        that is not UTF-8, two shards of one name (keys are SHARD/KEY).
     """
     if not path:
         raise UserError("config key 'data.source.path' is empty; it must name a folder of shards")
@@ -118,7 +118,8 @@ def list_shards(path: str) -> list[Path]:
                 for n in range(int(first), int(last) + 1)
             ]
         elif Path(part).is_dir():
-            found = sorted(Path(part).glob("*.tar"))
+            # Hidden files are not shards: macOS lays a "._NAME.tar" beside what it copies.
+            found = sorted(p for p in Path(part).glob("*.tar") if not p.name.startswith("."))
             if not found:
                 raise UserError(f"the folder {part} holds no .tar shards")
             shards += found
@@ -133,6 +134,11 @@ def list_shards(path: str) -> list[Path]:
             raise UserError(f"no such folder or shard: {part}")
     seen: dict[str, Path] = {}
     for shard in shards:
+        if printable(shard.name) != shard.name:
+            raise UserError(
+                f"the shard {printable(str(shard))} has a name that is not UTF-8; rename it, keys "
+                "are SHARD/KEY"
+            )
         other = seen.setdefault(shard.stem, shard)
         if other is not shard:
             raise UserError(
@@ -186,8 +192,9 @@ def _read_headers(shard: Path) -> _Found:
                     again[key] = Lost(f"{printable(key)} (again)", reason)
                 else:
                     record.members[extension] = (member.offset_data, member.size)
-    except (tarfile.TarError, EOFError) as error:
-        broken = f"not a whole tar file: {error}"
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        # tarfile lets the last two through for extended headers whose numbers are none.
+        broken = f"not a whole tar file: {str(error)[:200]}"
     if not broken:
         # tarfile takes a broken header for the end; a whole shard ends with a block of zeros.
         with open(shard, "rb") as file:

@@ -25,10 +25,6 @@ from kaleido_jax.models.voken_tokenizer import PatchTokenizer
 _LOG = logging.getLogger(__name__)
 
 
-class NoRecordsError(UserError):
-    """The shards hold no record that can be used."""
-
-
 class WebDatasetSource:
     """Shards as a Source; the record's key is `SHARD/KEY`.
 
@@ -88,7 +84,7 @@ class WebDatasetSource:
             latents = {
                 name: self._tokenizer.encode_string(image)
                 if name == "voken"
-                else oracle.WRITERS[name](objects)
+                else oracle.write(name, objects)
                 for name in self.latents
             }
             return {
@@ -123,7 +119,7 @@ class WebDatasetSource:
             (counts if index.whole else broken).append(len(index.records))
         if not self._records:
             first = next(iter(self.bad.items()), None)
-            raise NoRecordsError(
+            raise UserError(
                 "no whole record in the shards" + (f"; {first[0]}: {first[1]}" if first else "")
             )
         # What a broken shard would have held is judged by the whole ones.

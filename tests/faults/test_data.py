@@ -18,6 +18,7 @@ from PIL import Image
 from kaleido_jax.data import Loader, RecordError, WebDatasetSource, oracle
 from kaleido_jax.data.transforms import Frame, ImageError, decode_image
 from kaleido_jax.errors import UserError
+from kaleido_jax.latents import LATENTS
 from kaleido_jax.tokens import Vocabulary
 from tests.test_webdataset import encoded, record, write_shard
 
@@ -249,8 +250,9 @@ def test_any_json_gives_latents_or_one_kind_of_error(value):
         seen = oracle.read_objects(metadata, frame, (60, 40))
     except oracle.AnnotationError:
         return
-    for write in oracle.WRITERS.values():
-        assert isinstance(write(seen), str)
+    for name in oracle.WRITERS:
+        latent = oracle.write(name, seen)
+        assert not latent or LATENTS[name].parse(latent)
 
 
 @given(st.binary(max_size=60))
@@ -258,6 +260,34 @@ def test_any_json_gives_latents_or_one_kind_of_error(value):
 def test_any_bytes_as_json(data):
     with contextlib.suppress(oracle.AnnotationError):
         assert isinstance(oracle.read_metadata(data), dict)
+
+
+@pytest.mark.parametrize(
+    ("label", "count", "reason"),
+    [("x" * 201, 1, "201 characters"), ("x" * 190, 60, "characters"), ("x", 129, "129 objects")],
+)
+def test_what_no_latent_can_hold_is_told(label, count, reason):
+    objects = [{"label": f"{label}{i}"[-201:], "bbox_xyxy": [0, 0, 900, 900]} for i in range(count)]
+
+    def latent() -> str:
+        seen = oracle.read_objects({"objects": objects}, Frame.square_crop(8, 8), (8, 8))
+        return oracle.write("bbox", seen)
+
+    with pytest.raises(oracle.AnnotationError, match=reason):
+        latent()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"1" * 5000, b'{"a": 1' + b"0" * 5000 + b"}", b'{"a": "\\ud800"}', b'{"\\uDC00": 1}'],
+)
+def test_numbers_and_characters_beyond_all_bounds(text):
+    with pytest.raises(oracle.AnnotationError, match="cannot be read"):
+        oracle.read_metadata(text)
+    assert oracle.read_metadata(b'{"a": "\\ud83d\\ude00"}') == {"a": "\N{GRINNING FACE}"}
+    item = {"label": "a", "bbox_xyxy": [10**400, 1, 2, 3]}
+    with pytest.raises(oracle.AnnotationError, match="out of range"):
+        oracle.read_objects({"objects": [item]}, Frame.square_crop(8, 8), (8, 8))
 
 
 def test_a_million_objects_are_refused():
