@@ -24,6 +24,7 @@ from kaleido_jax.batches import (
     check_count,
     check_range,
 )
+from kaleido_jax.edit_methods import EditMethods
 from kaleido_jax.errors import UserError
 from kaleido_jax.latents import LatentDocument
 from kaleido_jax.outputs import Output, Progress, check_folder, grid, to_uint8, write_outputs
@@ -41,7 +42,7 @@ OnStep = Callable[[Progress], None]
 MAX_DRAWS = 5
 
 
-class Pipeline:
+class Pipeline(EditMethods):
     """A model that draws latents and pictures for prompts.
 
     Picture i of a prompt depends on (model, prompt, seed, i) and the settings alone, not on the
@@ -294,10 +295,7 @@ class Pipeline:
                 for i, row, value in zip(part, ids, log_prob, strict=True):
                     latents, problems[i] = read_latents(self._vocabulary, row, self.names)
                     decoding = {
-                        "constrained": chosen.constrained,
-                        "temperature": chosen.temperature,
-                        "top_k": chosen.top_k,
-                        "top_p": chosen.top_p,
+                        **chosen.decoding(),
                         "seed": blank[i].seed,
                         "draws": attempt + 1,
                     }

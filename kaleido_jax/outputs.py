@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -94,7 +95,11 @@ def check_folder(folder: str | os.PathLike) -> pathlib.Path:
     return folder
 
 
-def write_outputs(output: Output, folder: str | os.PathLike) -> pathlib.Path:
+def write_outputs(
+    output: Output,
+    folder: str | os.PathLike,
+    sheets: Mapping[str, UInt8[np.ndarray, "h w 3"]] | None = None,
+) -> pathlib.Path:
     """Writes pictures, documents, panels and a grid; all of the folder appears at once.
 
         000000.png         the picture with its document inside
@@ -104,6 +109,9 @@ def write_outputs(output: Output, folder: str | os.PathLike) -> pathlib.Path:
         samples.npy        in place of all PNGs where the data are not RGB pictures
         manifest.json      versions, counts, warnings, and a SHA-256 per file
 
+    Args:
+      sheets: further pictures by file name.
+
     Raises:
       UserError: the folder already holds something or cannot be written.
     """
@@ -111,6 +119,8 @@ def write_outputs(output: Output, folder: str | os.PathLike) -> pathlib.Path:
     temporary = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
+        for name, sheet in (sheets or {}).items():
+            Image.fromarray(sheet).save(temporary / name)
         _write(output, temporary)
         # Renaming onto an empty folder replaces it.
         os.replace(temporary, folder)

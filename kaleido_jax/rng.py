@@ -8,7 +8,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-STREAMS = ("params", "data", "time", "noise", "cond_drop", "dropout", "decode", "sample", "cads")
+STREAMS = (
+    "params",
+    "data",
+    "time",
+    "noise",
+    "cond_drop",
+    "dropout",
+    "decode",
+    "sample",
+    "cads",
+    "resample",
+)
 
 
 def stream(seed: int, name: str, step: int | Int[Array, ""] = 0) -> Key[Array, ""]:

@@ -160,6 +160,15 @@ class Settings:
             }
         )
 
+    def decoding(self) -> dict[str, Any]:
+        """What of a document's `decoding` says how its latents were drawn."""
+        return {
+            "constrained": self.constrained,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+        }
+
     def denoising(self) -> dict[str, Any]:
         """The fields of a document that say how its picture was denoised."""
         return {

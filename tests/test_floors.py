@@ -31,8 +31,8 @@ GROUPS = {
     2: {
         "training": "losses optim runlog warm_start train",
         "generation": (
-            "batches decode diverse editing generate grammar guidance outputs runner samplers"
-            " settings stablehlo stages thresholds written"
+            "batches decode diverse edit_methods editing generate grammar guidance outputs"
+            " resampling runner samplers settings stablehlo stages thresholds written"
         ),
         "interop": "interop",
     },
