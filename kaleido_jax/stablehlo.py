@@ -51,8 +51,8 @@ def save_stablehlo(
       folder: a new folder; it opens as any export does.
       dtype: of the weights, of bundle.DTYPES.
       platforms: what the programs are lowered for, of PLATFORMS.
-      settings: sampler, num_steps, threshold, eta and guidance_interval, fixed in the programs; the
-        config's by default. Guidance weight and the decoder's filters stay arguments.
+      settings: fields of `Settings`, fixed in the programs; the config's by default. Guidance
+        weight and the decoder's filters stay arguments.
 
     Raises:
       UserError: an unknown platform or setting; the folder exists.
@@ -181,11 +181,8 @@ class _Programs:
         model, params = self.model, traverse.unflatten_dict(weights, sep="/")
         length = self.config.data.caption_length
         length += self.latent_length + 1 if self.latent_length else 0
-        plan = dataclasses.replace(
-            self.settings.plan(),
-            guided=True,
-            interval=self.settings.guidance_interval != (0.0, 1.0),
-        )
+        # Any weight but 1: the program computes both branches, whatever weight it is given.
+        plan = self.settings.replace({"guidance_weight": 2.0}).plan()
         pyramid = stages.render(
             model,
             params,
@@ -202,20 +199,12 @@ class _Programs:
 
     def about(self) -> dict[str, Any]:
         """What a caller without this package must know."""
-        data, s = self.config.data, self.settings
+        data = self.config.data
         return {
             "version": 1,
             "caption_length": data.caption_length,
             "latent_length": self.latent_length,
             "pixel_centre": data.pixel_centre,
             "pixel_scale": data.pixel_scale,
-            "sampler": s.sampler,
-            "num_steps": s.num_steps,
-            "threshold": s.threshold,
-            "eta": s.eta,
-            "guidance_interval": list(s.guidance_interval),
-            "guidance_weight": s.guidance_weight,
-            "temperature": s.temperature,
-            "top_k": s.top_k,
-            "top_p": s.top_p,
+            **dataclasses.asdict(self.settings),
         }
