@@ -21,6 +21,15 @@ from kaleido_jax.errors import UserError
 
 PREFIX = "--config."
 LATENT_NAMES = ("text", "bbox", "blob", "voken")
+# What every config that was written to a file must say before anything can be drawn.
+KEPT = (
+    *(f"data.{k}" for k in ("image_size", "channels", "caption_length", "latent_length")),
+    *(f"data.{k}" for k in ("pixel_centre", "pixel_scale")),
+    "vocabulary.num_vokens",
+    *(f"diffusion.{k}" for k in ("schedule", "shifted", "shift_power", "prediction")),
+    *(f"sample.{k}" for k in ("sampler", "steps", "guidance_weight", "guidance_interval")),
+    *(f"sample.{k}" for k in ("threshold", "temperature", "top_k", "top_p")),
+)
 
 
 def load_config(name_or_path: str, overrides: Iterable[str] = ()) -> ml_collections.ConfigDict:
@@ -200,17 +209,18 @@ def from_json(text: str, where: str) -> ml_collections.ConfigDict:
 def check_kept(config: ml_collections.ConfigDict, where: str) -> None:
     """Refuses a config from a file that lacks what generation reads; raises UserError.
 
-    What `configs/base.py` has in the groups data, vocabulary, diffusion and sample must be there,
-    of the same type; `where` names the file.
+    KEPT must be there; it and whatever else of their groups `configs/base.py` has must be of the
+    same type as there. What base.py got later may be missing. `where` names the file.
     """
     have = dict(flatten(config))
-    for name, value in flatten(_read_file("base")):
-        group = name.partition(".")[0]
-        if group not in ("data", "vocabulary", "diffusion", "sample") or "source" in name:
-            continue
-        kinds = (int, float) if isinstance(value, float) else type(value)
+    for name in KEPT:
         if name not in have:
             raise UserError(f"{where}: config key {name!r} is missing")
+    groups = {name.partition(".")[0] for name in KEPT}
+    for name, value in flatten(_read_file("base")):
+        if name not in have or name.partition(".")[0] not in groups or "source" in name:
+            continue
+        kinds = (int, float) if isinstance(value, float) else type(value)
         wrong_bool = isinstance(have[name], bool) != isinstance(value, bool)
         if not isinstance(have[name], kinds) or wrong_bool:
             raise UserError(
