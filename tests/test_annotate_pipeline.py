@@ -61,7 +61,7 @@ def test_sidecars_hold_what_the_source_says(tmp_path):
     source = WebDatasetSource(str(tmp_path / "data"), size=40, latents=tuple(ORACLE))
     for stage in ORACLE:
         rows = list(sidecars.iterate_stage(tmp_path / "out", stage))
-        assert [row.key for row in rows] == [source.key(i) for i in range(len(source))]
+        assert [row.key for row in rows] == [source[i]["key"] for i in range(len(source))]
         assert [row.latent for row in rows] == [example["latents"][stage] for example in source]
         assert {row.status for row in rows} == {"ok"}
     assert manifest["totals"]["records"] == 4 * 24 == manifest["totals"]["counts"]["ok"]

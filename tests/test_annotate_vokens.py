@@ -223,14 +223,27 @@ def test_a_codebook_follows_a_backbone_that_moved(tmp_path):
 def test_bad_codebooks_are_named(tmp_path):
     np.savez(tmp_path / "pickled.npz", mean=np.array([{}], object))
     (tmp_path / "text.npz").write_text("no codebook")
+    (tmp_path / "zip.npz").write_bytes(b"PK\x03\x04 no archive behind the mark of one")
     book = features.KMeansTokenizer(
         features.Backbone("m", "main"), np.zeros(4), np.eye(4)[:2], np.zeros((3, 2))
     )
     book.save(tmp_path / "fine.npz")
-    for name in ("pickled", "text", "missing"):
+    fine = (tmp_path / "fine.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(fine[: len(fine) // 2])
+    # Two bytes of a compressed array, over which zlib trips.
+    (tmp_path / "flipped.npz").write_bytes(fine[:60] + b"\xff\xff" + fine[62:])
+    for name in ("pickled", "text", "zip", "cut", "flipped", "missing"):
         for engine in ("kmeans", "fsq", "patch"):
             with pytest.raises(UserError, match=f"{name}.npz"):
                 make_engine("voken", f"{engine}:{tmp_path / name}.npz")
+    for about in ("[]", '{"name": 1, "revision": "", "size": 2}', "[" * 100_000):
+        arrays = {name: getattr(book, name) for name in ("mean", "basis", "centres")}
+        np.savez(tmp_path / "about.npz", about=np.frombuffer(about.encode(), np.uint8), **arrays)
+        with pytest.raises(UserError, match=r"about\.npz is not a codebook of features"):
+            features.KMeansTokenizer.load(tmp_path / "about.npz")
+    np.savez(tmp_path / "levels.npz", mean=1, basis=1, scale=1, levels=np.array(3))
+    with pytest.raises(UserError, match="'levels' must be whole numbers"):
+        fsq.FsqTokenizer.load(tmp_path / "levels.npz")
     with pytest.raises(UserError, match="do not fit together"):
         features.KMeansTokenizer(book.backbone, np.zeros(4), np.eye(3), np.zeros((3, 3)))
     with pytest.raises(UserError, match="4 features, the model has 5"):

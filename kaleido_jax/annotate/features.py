@@ -7,10 +7,9 @@ all an engine needs. `fit` makes one.
 from __future__ import annotations
 
 import functools
-import io
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from kaleido_jax.annotate.models import ModelSource, device, file_sha256, loadin
 from kaleido_jax.annotate.visual_tokens import VokenEngine
 from kaleido_jax.errors import UserError
 from kaleido_jax.latents import voken
-from kaleido_jax.models.voken_tokenizer import principal_components
+from kaleido_jax.models.voken_tokenizer import principal_components, read_codebook
 
 ROWS, COLUMNS = voken.GRID
 TOKENS = ROWS * COLUMNS
@@ -174,17 +173,16 @@ class KMeansTokenizer:
     @classmethod
     def load(cls, path: str | Path) -> KMeansTokenizer:
         """Read what `save` wrote. Raises UserError where it is missing or is no such file."""
+        about, *arrays = read_codebook(path, "about", "mean", "basis", "centres")
         try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read the vokens {path}: {error.strerror}") from error
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as file:
-                about = json.loads(file["about"].tobytes())
-                backbone = Backbone(about["name"], about["revision"], about["size"])
-                return cls(backbone, file["mean"], file["basis"], file["centres"])
-        except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
-            raise UserError(f"{path} is not a codebook of features: {error}") from error
+            told = json.loads(about.tobytes())
+            backbone = Backbone(*(told[field.name] for field in fields(Backbone)))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} is not a codebook of features: {error!r}") from error
+        kinds = [type(value) for value in astuple(backbone)]
+        if kinds != [str, str, int] or backbone.size < 1:
+            raise UserError(f"{path} is not a codebook of features: no such backbone {told}")
+        return cls(backbone, *arrays)
 
 
 def fit(

@@ -10,7 +10,6 @@ kind, and the form in which a trained encoder would come.
 from __future__ import annotations
 
 import functools
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +21,11 @@ from kaleido_jax.annotate.models import file_sha256
 from kaleido_jax.annotate.visual_tokens import VokenEngine
 from kaleido_jax.errors import UserError
 from kaleido_jax.latents import voken
-from kaleido_jax.models.voken_tokenizer import all_patches, principal_components
+from kaleido_jax.models.voken_tokenizer import (
+    all_patches,
+    principal_components,
+    read_codebook,
+)
 
 LEVELS = (16, 8, 8, 8)  # the first component, which varies most, has the most
 
@@ -85,15 +88,10 @@ class FsqTokenizer:
     @classmethod
     def load(cls, path: str | Path) -> FsqTokenizer:
         """Read what `save` wrote. Raises UserError where it is missing or is no such file."""
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read the vokens {path}: {error.strerror}") from error
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as file:
-                return cls(file["mean"], file["basis"], file["scale"], file["levels"].tolist())
-        except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
-            raise UserError(f"{path} is not an FSQ codebook: {error}") from error
+        mean, basis, scale, levels = read_codebook(path, "mean", "basis", "scale", "levels")
+        if levels.ndim != 1 or levels.dtype.kind != "i" or not len(levels):
+            raise UserError(f"{path} is not an FSQ codebook: 'levels' must be whole numbers")
+        return cls(mean, basis, scale, levels.tolist())
 
 
 def fit(images: UInt8[np.ndarray, "n h w 3"], levels: Sequence[int] = LEVELS) -> FsqTokenizer:

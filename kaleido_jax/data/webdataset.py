@@ -94,18 +94,6 @@ class WebDatasetSource:
                 "latents": latents,
             }
 
-    def key(self, index: int) -> str:
-        """The key of an example, from the index alone."""
-        return record_key(self._records[index])
-
-    def encoded(self, index: int) -> dict[str, Any]:
-        """An example as it is stored: {key, image: bytes, caption, metadata: the JSON object}.
-
-        Raises:
-          RecordError: a record whose members or texts cannot be read; the picture is not decoded.
-        """
-        return stored_record(self._records[index])
-
     # ---- the index ------------------------------------------------------------------------
 
     def _index(self, shards: list[Path], max_bad_fraction: float) -> None:

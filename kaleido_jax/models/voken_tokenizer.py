@@ -57,24 +57,14 @@ class PatchTokenizer:
     @classmethod
     def load(cls, path: str | Path) -> PatchTokenizer:
         """Read an .npz written by `save`; UserError where it is missing or is no such file."""
-        try:
-            return cls._read(Path(path).read_bytes(), str(path))
-        except OSError as error:
-            raise UserError(f"cannot read the vokens {path}: {error.strerror}") from error
+        return cls(*read_codebook(path, "mean", "basis", "centres"))
 
     @classmethod
     def default(cls) -> PatchTokenizer:
         """The shipped codebook of 1,000 codes, fitted on shapes."""
         asset = importlib.resources.files("kaleido_jax") / "assets" / "shapes_vokens.npz"
-        return cls._read(asset.read_bytes(), "the shipped vokens")
-
-    @classmethod
-    def _read(cls, data: bytes, name: str) -> PatchTokenizer:
-        try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as file:
-                return cls(file["mean"], file["basis"], file["centres"])
-        except (ValueError, KeyError, OSError, EOFError) as error:
-            raise UserError(f"{name} is not a codebook of vokens: {error}") from error
+        with importlib.resources.as_file(asset) as path:
+            return cls.load(path)
 
     def save(self, path: str | Path) -> None:
         """Write as float16 .npz."""
@@ -132,6 +122,24 @@ def fit(
     model = MiniBatchKMeans(num_codes, batch_size=4096, n_init=1, max_iter=30, random_state=seed)
     model.fit(features, sample_weight=np.sqrt(counts))
     return PatchTokenizer(mean, basis, model.cluster_centers_)
+
+
+def read_codebook(path: str | Path, *names: str) -> list[np.ndarray]:
+    """The named arrays of an .npz; nothing in it is ever unpickled.
+
+    Raises:
+      UserError: a file that is missing, is no .npz or lacks an array.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the vokens {path}: {error.strerror}") from error
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return [file[name] for name in names]
+    except Exception as error:  # numpy, zip and zlib each have their own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is not a codebook of vokens: {reason}") from error
 
 
 def principal_components(
