@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import kaleido_jax
-from kaleido_jax import cli_annotate, cli_build, cli_tasks, cli_weights
+from kaleido_jax import cli_annotate, cli_build, cli_edit, cli_tasks, cli_weights
 from kaleido_jax import cli_arguments as arguments
 from kaleido_jax.errors import UserError
 
@@ -165,7 +165,13 @@ def sample(args: argparse.Namespace) -> None:
     }
     given = {name: value for name, value in given.items() if value is not None}
     given |= dict(args.setting)
-    output = pipe(prompts, num_images=args.num, seed=args.seed, **given)
+    if args.unconstrained:
+        given["constrained"] = False
+    if args.diverse is None:
+        output = pipe(prompts, num_images=args.num, seed=args.seed, **given)
+    else:
+        documents = pipe.draw_diverse(prompts, args.num, args.diverse, seed=args.seed, **given)
+        output = pipe.render(documents, batch_size=args.batch_size)
     generate.write_outputs(output, args.out)
     for warning in output.warnings:
         print(f"kaleido: {warning}", file=sys.stderr)
@@ -182,6 +188,7 @@ VERBS = {
     "doctor": (arguments.add_doctor, doctor),
     "train": (arguments.add_train, train),
     "sample": (arguments.add_sample, sample),
+    "edit": (cli_edit.add_edit, cli_edit.edit),
     "import": (cli_weights.add_import, cli_weights.import_weights),
     "export": (cli_weights.add_export, cli_weights.export_weights),
 }

@@ -162,6 +162,17 @@ def add_sample(verbs: argparse._SubParsersAction, name: str) -> argparse.Argumen
         help="latent tokens only from the smallest set of probability P",
     )
     parser.add_argument(
+        "--unconstrained",
+        action="store_true",
+        help="let the decoder write what it likes, not only what the latents' grammars hold",
+    )
+    parser.add_argument(
+        "--diverse",
+        type=whole(1),
+        metavar="M",
+        help="draw M latents for each prompt and keep the N that differ most",
+    )
+    parser.add_argument(
         "--setting",
         type=setting,
         action="append",

@@ -219,6 +219,8 @@ class Settings:
 def _typed(name: str, default: Any, value: Any) -> Any:
     """`value` as the type of the default; numbers of numpy and JSON are welcome, bools not."""
     try:
+        if isinstance(default, bool) and isinstance(value, str):
+            value = {"true": True, "false": False}[value.lower()]
         if isinstance(value, bool) or isinstance(default, bool):
             if type(value) is not type(default):
                 raise TypeError
@@ -230,6 +232,6 @@ def _typed(name: str, default: Any, value: Any) -> Any:
         if isinstance(default, int) and int(value) != float(value):
             raise ValueError
         return type(default)(value)
-    except (TypeError, ValueError, OverflowError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         kind = "pair of numbers" if isinstance(default, tuple) else type(default).__name__
         raise UserError(f"{name} is {value!r}; it must be a {kind}, like {default!r}") from None
