@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import kaleido_jax
-from kaleido_jax import cli_annotate, cli_build, cli_edit, cli_tasks, cli_weights
+from kaleido_jax import cli_annotate, cli_bench, cli_build, cli_edit, cli_tasks, cli_weights
 from kaleido_jax import cli_arguments as arguments
 from kaleido_jax.errors import UserError
 
@@ -184,6 +184,7 @@ VERBS = {
     "build": (cli_build.add_build, cli_build.build),
     "tasks": (cli_tasks.add_tasks, cli_tasks.tasks),
     "bench data": (cli_tasks.add_bench_data, cli_tasks.bench_data),
+    "bench decode": (cli_bench.add_bench_decode, cli_bench.bench_decode),
     "demo": (arguments.add_demo, demo),
     "doctor": (arguments.add_doctor, doctor),
     "train": (arguments.add_train, train),

@@ -41,7 +41,7 @@ GROUPS = {
     },
     4: {
         "command line": (
-            "cli cli_arguments cli_annotate cli_build cli_doctor cli_edit cli_tasks cli_train"
+            "cli cli_arguments cli_annotate cli_bench cli_build cli_doctor cli_edit cli_tasks cli_train"
             " cli_weights"
         ),
         "page": "ui",
