@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kaleido_jax.annotate import ellipses
-from kaleido_jax.data import oracle
+from kaleido_jax.data import masks, oracle
 from kaleido_jax.latents import blob
 from kaleido_jax.latents.blob import Ellipse
 
@@ -49,7 +49,7 @@ def known() -> np.ndarray:
 
 
 def test_two_thousand_known_ellipses(known):
-    moments = np.array([ellipses.moments_ellipse(mask_of(*e)) for e in known])
+    moments = np.array([masks.moments_ellipse(mask_of(*e)) for e in known])
     contours = np.array([ellipses.contour_ellipse(mask_of(*e)) for e in known])
     for found, bias, error in ((moments, 0.03, 0.8), (contours, 0.1, 0.8)):
         off = found[:, :4] - known[:, :4]
@@ -62,7 +62,7 @@ def test_the_two_fits_agree_on_ellipses(known):
     shares = []
     for axes in known[:200]:
         mask = mask_of(*axes)
-        pair = (ellipses.moments_ellipse(mask), ellipses.contour_ellipse(mask))
+        pair = (masks.moments_ellipse(mask), ellipses.contour_ellipse(mask))
         shares.append(ellipses.agreement(*pair, SIDE))
         assert ellipses.fit(mask).marks == ()
     assert np.mean(shares) > 0.97 and min(shares) > 0.9
@@ -92,10 +92,23 @@ def test_strays_and_holes_do_no_harm():
     stray[2:8, 52:62] = True
     assert ellipses.fit(stray).axes == clean
     # All components together would be far off.
-    assert turn(ellipses.moments_ellipse(stray)[4], 25) > 5
+    assert turn(masks.moments_ellipse(stray)[4], 25) > 5
     holed = mask_of(*axes)
     holed[28:33, 24:32] = False
     assert ellipses.fit(holed).axes == clean
+
+
+def test_polygons_are_filled_by_pixel_centres():
+    """Against an ellipse's equation, a star that crosses itself, and a corner outside."""
+    truth = Ellipse(470, 520, 300, 90, 35)
+    outline = truth.points((SIDE, SIDE), 5000)
+    assert (masks.polygon_mask(outline, SIDE) == truth.mask((SIDE, SIDE))).all()
+    turns = np.arange(5) * 4 * np.pi / 5
+    star = 32 + 30 * np.stack([np.sin(turns), -np.cos(turns)], 1)
+    filled = masks.polygon_mask(star, SIDE)
+    assert not filled[32, 32] and filled[8, 31] and not filled[60, 32]
+    outside = masks.polygon_mask(np.array([[-20.0, 10], [90, 10], [90, 20], [-20, 20]]), SIDE)
+    assert outside[10:20].all() and outside.sum() == 10 * SIDE
 
 
 def test_what_is_marked():
@@ -148,14 +161,13 @@ def test_true_polygons():
                 continue
             for thing in json.loads(tar.extractfile(member).read())["objects"]:
                 points = np.array(thing["polygon"], float).reshape(-1, 2)
-                mask = np.zeros((128, 128), np.uint8)
+                mask = np.zeros((128, 128), bool)
                 for part in oracle._parts(points):
-                    fixed = np.rint((points[part] * 0.128 - 0.5) * 16).astype(np.int32)
-                    cv2.fillPoly(mask, [fixed], 1, shift=4)
-                found = ellipses.fit(mask.astype(bool))
+                    mask |= masks.polygon_mask(points[part] * 0.128, 128)
+                found = ellipses.fit(mask)
                 if found is None:
                     continue
-                component, _ = ellipses.largest_component(mask.astype(bool))
+                component, _ = masks.largest_component(mask)
                 shape = found.ellipse.mask((128, 128))
                 overlaps.append((component & shape).sum() / (component | shape).sum())
                 x1, y1, x2, y2 = thing["bbox_xyxy"]

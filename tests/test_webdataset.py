@@ -17,7 +17,6 @@ from kaleido_jax.data.transforms import (
     Frame,
     decode_image,
     ellipse_axes,
-    mask_ellipse,
     orient,
     square_picture,
     training_picture,
@@ -133,24 +132,33 @@ def test_what_the_crop_cuts_off_goes():
 
 
 @pytest.mark.parametrize("theta", [0, 30, 90, 135, 170])
-def test_ellipses_of_masks(theta):
-    truth = Ellipse(480, 510, 300, 150, theta)
-    mask = truth.mask((64, 64))
-    mask[30:34, 28:32] = False  # a hole
-    mask[2:6, 2:6] = True  # a smaller second component
-    found = mask_ellipse(mask)
-    scale = 1000 / 64
-    np.testing.assert_allclose([f * scale for f in found[:4]], [480, 510, 300, 150], atol=6)
-    assert abs((found[4] - theta + 90) % 180 - 90) < 2
+@pytest.mark.parametrize("major", [12, 60, 300])
+def test_ellipses_of_polygons(theta, major):
+    truth = Ellipse(480, 510, major, major // 2, theta)
+    item = {"label": "x", "bbox_xyxy": [100, 100, 900, 900]}
+    item["polygon"] = truth.points((1000, 1000), 400).ravel().tolist()
+    (seen,) = oracle.read_objects({"objects": [item]}, Frame.square_crop(64, 64), (64, 64))
+    found = seen.ellipse
+    # What pixels of the outline add to the radii must not be seen even on the smallest.
+    assert abs(found.xc - 480) <= 1 and abs(found.yc - 510) <= 1
+    assert abs(found.r_major - major) <= 1 and abs(found.r_minor - major // 2) <= 1
+    assert abs((found.theta - theta + 90) % 180 - 90) <= 1
 
 
-def test_masks_without_an_ellipse():
-    mask = np.zeros((64, 64), bool)
-    assert mask_ellipse(mask) is None
-    mask[10:13, 10:15] = True
-    assert mask_ellipse(mask) is None
-    mask[10:30, 10:30] = True  # round: the angle means nothing
-    assert mask_ellipse(mask)[4] == 0
+def test_ellipses_of_what_the_picture_shows():
+    def ellipse(polygon):
+        item = {"label": "x", "bbox_xyxy": [100, 100, 900, 900], "polygon": polygon}
+        (seen,) = oracle.read_objects({"objects": [item]}, Frame.square_crop(300, 200), (300, 200))
+        return seen.ellipse
+
+    # The crop keeps x in 167..833: of this square the right half is seen, 250 x 500 there.
+    half = ellipse(square(0, 250, 333, 750))
+    assert (half.xc, half.yc, half.theta) == pytest.approx((125, 500, 90), abs=1)
+    assert (half.r_major, half.r_minor) == pytest.approx((500 / 12**0.5 * 2, 250 / 3**0.5), abs=1)
+    assert ellipse(square(0, 250, 160, 750)) is None  # outside
+    assert ellipse(square(500, 500, 504, 504)) is None  # 4 x 6 thousandths: too small to see
+    assert ellipse([500, 500, 600, 600, 700, 700]) is None  # no area
+    assert ellipse([500, 500] * 3) is None
 
 
 def test_resizing():

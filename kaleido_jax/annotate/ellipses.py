@@ -15,14 +15,12 @@ import cv2
 import numpy as np
 from jaxtyping import Bool
 
-from kaleido_jax.data.transforms import ellipse_axes
+from kaleido_jax.data.masks import Axes, largest_component, moments_ellipse
 from kaleido_jax.latents.blob import Ellipse
 
 LEAST_PIXELS = 16
 LEAST_SHARE = 0.6  # of the mask that its largest component should be
 LEAST_AGREEMENT = 0.7  # intersection over union of the two ellipses
-
-Axes = tuple[float, float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -63,28 +61,6 @@ def fit(mask: Bool[np.ndarray, "side side"]) -> Fit | None:
     scale = 1000 / len(mask)
     ellipse = Ellipse.rounded(*(value * scale for value in axes[:4]), axes[4])
     return Fit(axes, ellipse, tuple(marks))
-
-
-def largest_component(mask: Bool[np.ndarray, "h w"]) -> tuple[Bool[np.ndarray, "h w"], float]:
-    """The largest 8-connected part with its holes filled, and its share of the mask before that."""
-    count, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
-    if count < 2:
-        return np.zeros(mask.shape, bool), 0.0
-    areas = stats[1:, cv2.CC_STAT_AREA]
-    best = 1 + int(areas.argmax())
-    # Holes are background that cannot be reached from around the picture.
-    around = np.pad((labels != best).astype(np.uint8), 1, constant_values=1)
-    _, outside = cv2.connectedComponents(around, connectivity=4)
-    filled = outside != outside[0, 0]
-    return filled[1:-1, 1:-1], float(areas[best - 1] / areas.sum())
-
-
-def moments_ellipse(component: Bool[np.ndarray, "h w"]) -> Axes:
-    """(xc, yc, r_major, r_minor, theta) by second moments, in pixels; of a non-empty mask."""
-    ys, xs = np.nonzero(component)
-    points = np.stack([xs, ys]) + 0.5
-    xc, yc = points.mean(1)
-    return (xc, yc, *ellipse_axes(4 * np.cov(points, bias=True)))
 
 
 def contour_ellipse(component: Bool[np.ndarray, "h w"]) -> Axes | None:

@@ -22,7 +22,7 @@ from kaleido_jax.data.transforms import ImageError
 from kaleido_jax.sidecars import Row
 
 # Raise it when the same engines would write other sidecars: every shard is then done again.
-FORMAT = 1
+FORMAT = 2
 # A shard whose every picture makes the engine fail, and not one or two by chance, is not written.
 _LEAST_TO_JUDGE = 8
 _READERS = 4  # threads that read and decode; the engine waits for one batch only at the start

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 
-from kaleido_jax.data.transforms import Frame, mask_ellipse
+from kaleido_jax.data.masks import largest_component, moments_ellipse, polygon_mask
+from kaleido_jax.data.transforms import Frame
 from kaleido_jax.latents import bbox, blob
 from kaleido_jax.latents.bbox import Box
 from kaleido_jax.latents.blob import Ellipse
@@ -25,7 +25,8 @@ from kaleido_jax.latents.errors import LatentError
 MAX_OBJECTS = 1000
 MAX_LABEL = 200  # characters
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # as JSON escapes it
-_MASK_SIDE = 256  # side of the square on which polygons are filled
+_MASK_SIDE = 128  # pixels along the longer side of a polygon
+_LEAST_AREA = 16 * (1000 / 512) ** 2  # thousandths squared: 16 pixels of what engines see
 _MAX_WORDS = 80
 
 
@@ -137,17 +138,21 @@ def _numbers(value: Any, name: str) -> np.ndarray:
 
 
 def _polygon_ellipse(points: np.ndarray) -> Ellipse | None:
-    """Moments' ellipse of the part of a polygon's mask that the training picture shows."""
-    scale = _MASK_SIDE / 1000
-    mask = np.zeros((_MASK_SIDE, _MASK_SIDE), np.uint8)
-    # OpenCV puts pixel centres at whole numbers, we put them at + 0.5; 1/16 pixel precision.
-    fixed = np.rint((points * scale - 0.5) * 16).astype(np.int32)
-    for part in _parts(points):
-        cv2.fillPoly(mask, [fixed[part]], 1, shift=4)
-    found = mask_ellipse(mask.astype(bool))
-    if found is None:
+    """The ellipse of a polygon's largest part, as far as the training picture shows it."""
+    low, high = np.clip([points.min(0), points.max(0)], 0, 1000)
+    unit = (high - low).max() / _MASK_SIDE  # thousandths: small things get as many pixels as large
+    if not unit:
         return None
-    return Ellipse.rounded(*(value / scale for value in found[:4]), found[4])
+    mask = np.zeros((_MASK_SIDE, _MASK_SIDE), bool)
+    for part in _parts(points):
+        mask |= polygon_mask((points[part] - low) / unit, _MASK_SIDE)
+    # The window is square, and may reach beyond the picture.
+    shown_x, shown_y = (low + (np.arange(_MASK_SIDE)[:, None] + 0.5) * unit < high).T
+    component, _ = largest_component(mask & shown_x & shown_y[:, None])
+    if component.sum() * unit**2 < _LEAST_AREA:
+        return None
+    xc, yc, major, minor, theta = moments_ellipse(component)
+    return Ellipse.rounded(*low + unit * np.array([xc, yc]), unit * major, unit * minor, theta)
 
 
 def _parts(points: np.ndarray) -> list[slice]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from kaleido_jax.latents.bbox import Box
@@ -123,33 +123,6 @@ def ellipse_axes(square: Float[np.ndarray, "2 2"]) -> tuple[float, float, float]
     if major - minor < 0.05 * major:
         return major, minor, 0.0
     return major, minor, math.degrees(math.atan2(-2 * xy, xx - yy) / 2) % 180
-
-
-def mask_ellipse(
-    mask: Bool[np.ndarray, "h w"], least_pixels: int = 16
-) -> tuple[float, float, float, float, float] | None:
-    """(xc, yc, r_major, r_minor, theta) of a mask, in pixels; None under `least_pixels`.
-
-    Second moments of the largest component with its holes filled, pixel centres at + 0.5.
-    """
-    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    best, filled = 0, None
-    for contour in contours:
-        if cv2.contourArea(contour) + len(contour) / 2 + 1 <= best:  # a bound on the filled area
-            continue
-        component = np.zeros(mask.shape, np.uint8)
-        cv2.drawContours(component, [contour], -1, 1, cv2.FILLED)
-        count = int(component.sum())
-        if count > best:
-            best, filled = count, component
-    if filled is None or best < least_pixels:
-        return None
-    ys, xs = np.nonzero(filled)
-    points = np.stack([xs, ys]) + 0.5
-    centre = points.mean(1)
-    # Each pixel is a square, not a point: 1/12 on the diagonal.
-    moments = np.cov(points, bias=True) + np.eye(2) / 12
-    return (*centre, *ellipse_axes(4 * moments))
 
 
 def decode_image(
