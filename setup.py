@@ -32,6 +32,7 @@ CORE = [
     "matplotlib>=3.9",
     "sentencepiece>=0.2,<0.2.3",  # 0.2.3 does not import beside apache-beam
     "safetensors>=0.5",
+    "pyyaml>=6",  # settings of ml-mdm
     "rich>=13",
 ]
 
@@ -62,7 +63,11 @@ ANNOTATE = [
 
 UI = ["gradio>=6"]
 
+# Models on a hub: Pipeline.push_to_hub, Pipeline.from_pretrained("owner/name").
+HUB = ["huggingface-hub>=0.30"]
+
 TEST = [
+    *HUB,
     "pytest>=8",
     "pytest-xdist>=3.6",
     "pytest-timeout>=2.3",
@@ -85,9 +90,16 @@ setup(
     packages=[*find_packages(include=["kaleido_jax", "kaleido_jax.*"]), "kaleido_jax.configs"],
     # The configs lie at the root, where people look for them, and install inside the package.
     package_dir={"kaleido_jax": "kaleido_jax", "kaleido_jax.configs": "configs"},
-    package_data={"kaleido_jax": ["assets/*", "assets/**/*"]},
+    package_data={"kaleido_jax": ["py.typed", "assets/*", "assets/**/*"]},
     include_package_data=False,
     install_requires=CORE,
-    extras_require={"data": DATA, "annotate": ANNOTATE, "ui": UI, "test": TEST, "dev": DEV},
+    extras_require={
+        "data": DATA,
+        "annotate": ANNOTATE,
+        "ui": UI,
+        "hub": HUB,
+        "test": TEST,
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["kaleido = kaleido_jax.cli:main"]},
 )

@@ -311,7 +311,7 @@ def test_every_pin_that_setup_names_is_in_the_constraints():
     named = set()
     for node in tree.body:
         if isinstance(node, ast.Assign) and node.targets[0].id in (
-            "CORE", "DATA", "ANNOTATE", "UI", "TEST", "DEV",
+            "CORE", "DATA", "ANNOTATE", "UI", "HUB", "TEST", "DEV",
         ):  # fmt: skip
             for item in ast.walk(node.value):
                 if isinstance(item, ast.Constant):
