@@ -184,7 +184,7 @@ def draw_latents(
 def score_latents(
     model: Kaleido, params: Params, latent_tokens: Int[Array, "b lz"], encoded: Conditioning
 ) -> Float[Array, "b lz"]:
-    """log p of each token of z given c and the tokens before it (Eq. 5); 0 at padding."""
+    """log p of each token of z given c and those before it (Eq. 7, first factor); 0 at padding."""
     _, logits, _ = model.apply({"params": params}, latent_tokens, encoded, method="latent_states")
     log_prob = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
     own = jnp.take_along_axis(log_prob, latent_tokens[..., None], axis=-1)[..., 0]
