@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ MAX_PIXELS = 50_000_000
 LEAST_SIDE = 8
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION = 0x0112
+_ADDRESS = re.compile(r" ?<[^<>]* at 0x[0-9a-fA-F]+>")
 _BAD_IMAGE = (
     OSError,
     SyntaxError,
@@ -148,7 +150,9 @@ def decode_image(
     except ImageError:
         raise
     except _BAD_IMAGE as error:
-        raise ImageError(f"not a readable picture: {str(error)[:200]}") from error
+        # Pillow names the buffer by its address, which is another in every run.
+        reason = _ADDRESS.sub("", str(error))[:200]
+        raise ImageError(f"not a readable picture: {reason}") from error
     return pixels, orientation if orientation in _TURNS else 1
 
 
