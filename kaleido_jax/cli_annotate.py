@@ -243,5 +243,5 @@ def _option(flag: str, word: str) -> tuple[str, Any]:
         return name, text == "True"
     try:
         return name, json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return name, text  # plain words need no quotes

@@ -145,6 +145,8 @@ def test_bad_examples_become_dead_letters(tmp_path):
     assert [row.status for row in rows[2:7]] == ["ok", "failed", "failed", "failed", "ok"]
     letters = sidecars.read_dead_letters(tmp_path / "out", "bbox", "00000", stage["config_hash"])
     assert [letter["key"] for letter in letters] == ["00000/003", "00000/004", "00000/005"]
+    run(tmp_path / "data", tmp_path / "again", max_failure_rate=0.2)
+    assert files(tmp_path / "out") == files(tmp_path / "again")
     for letter, words in zip(letters, ("picture", "JSON", "bbox_xyxy"), strict=True):
         assert words in letter["error"]
         assert letter["stage"] == "bbox"
@@ -349,6 +351,12 @@ def test_a_pattern_names_shards(tmp_path):
         ("--engine.text orcale", "did you mean oracle?"),
         ("--engine.voken oracle", "patch"),
         ("--stages text --max-failure-rate 2", "finite number from 0 to 1"),
+        ("--stages text --data=", "--data is empty"),
+        ("--stages text --out=", "--out is empty"),
+        ("--stages text --option.text max_objects=" + "[" * 100_000, "whole number"),
+        ("--stages text -- --direct_num_workers=x", "invalid int value: 'x'"),
+        ("--stages text -- --direct_num_worker=2", "there is no option --direct_num_worker"),
+        ("--stages text -- --runner=NoRunner", "Unexpected pipeline runner: NoRunner"),
     ],
 )
 def test_misuse_is_one_line(tmp_path, capsys, words, expected):

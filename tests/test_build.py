@@ -335,6 +335,8 @@ def test_the_verb_builds_and_prints(tmp_path, capsys):
             "gs://a/b.tar is not on a file system of this machine",
         ),
         (["mine", "--images", "shapes:0"], "at least one example"),
+        (["mine", "--images", "shapes:1", "--", "--direct_num_workers=x"], "invalid int value"),
+        (["mine", "--images", "shapes:1", "--", "--wrong=2"], "there is no option --wrong"),
         (["mine", "--images", "shapes:x"], "write shapes:COUNT"),
         (["mine", "--images", "tfds:cifar10"], "write tfds:NAME/SPLIT"),
         (["mine", "--images", "x", "--class-names", "none"], "none cannot be read"),
@@ -343,7 +345,7 @@ def test_the_verb_builds_and_prints(tmp_path, capsys):
 )
 def test_misuse_is_one_line(words, reason, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["build", *words, "--out", "out"]) == 2
+    assert cli.main(["build", "--out", "out", *words]) == 2
     error = capsys.readouterr().err.strip()
     assert reason in error
     assert "\n" not in error

@@ -77,7 +77,7 @@ HEAVY = {
     "grain": {"data*"},
     "clu": {"data*", "train", "runlog"},  # its TensorBoard writer, when training starts
     "torch": {"annotate*", "interop"},  # interop reads .pth with weights_only=True
-    "apache_beam": {"annotate*", "data.records"},  # its TFDS builder runs on Beam
+    "apache_beam": {"annotate*", "data.records", "data.beam_runs*"},  # build runs on Beam too
     "transformers": {"annotate*"},
     "gradio": {"ui*"},
     "huggingface_hub": {"hub"},

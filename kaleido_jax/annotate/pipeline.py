@@ -73,6 +73,8 @@ def run(settings: Run) -> dict[str, Any]:
         raise UserError(
             f"annotate: no stage {unknown[0]!r}" if unknown else "annotate: no stage is asked for"
         )
+    if not settings.data or not settings.out:
+        raise UserError(f"annotate: --{'out' if settings.data else 'data'} is empty")
     folder = Folder(settings.out)
     shards = inputs.find_shards(settings.data, settings.data_dir)
     with _sole(folder), folder.local() as local:

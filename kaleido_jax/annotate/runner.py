@@ -15,13 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
-from apache_beam.portability.api import beam_provision_api_pb2
-from apache_beam.runners.portability.fn_api_runner.fn_runner import (
-    ExtendedProvisionInfo,
-    FnApiRunner,
-)
-from apache_beam.runners.portability.portable_runner import JobServiceHandle
 from apache_beam.runners.runner import PipelineState
 from apache_beam.utils.shared import Shared
 
@@ -30,11 +23,11 @@ from kaleido_jax.annotate.progress import progress_path
 from kaleido_jax.annotate.protocols import Engine
 from kaleido_jax.annotate.stages import AnnotationFailed, Plan, annotate_shard
 from kaleido_jax.annotate.storage import Folder
+from kaleido_jax.data import beam_runs
 from kaleido_jax.errors import UserError
 
 # The classes of one-line errors as Beam quotes them in the traceback of a worker.
 _QUOTED = re.compile(r"^(?:[\w.]+\.)?(UserError|AnnotationFailed): (.*?)(?: \[while running .*)?$")
-_WORKERS_LOG = "--default_sdk_harness_log_level=WARNING"  # the last of two flags counts
 _TOLD_EVERY = 1.0  # seconds between two notes of progress
 
 
@@ -114,18 +107,14 @@ def run_stage(
         this machine works through Beam's in-process runner.
 
     Raises:
-      UserError: what a worker found to be the user's mistake.
+      UserError: flags that Beam does not take, or what a worker found to be the user's mistake.
       AnnotationFailed: the run went wrong as a whole, or the runner says that it failed.
     """
-    options = PipelineOptions([_WORKERS_LOG, *flags])
-    runner = options.view_as(StandardOptions).runner
-    here = runner in (None, "DirectRunner")
+    options = beam_runs.read_options(flags)
+    here = beam_runs.runner_of(options) in beam_runs.HERE
     try:
         with _quiet() if here else contextlib.nullcontext():
-            # DirectRunner would look for another runner on the network before it takes this one.
-            pipeline = beam.Pipeline(
-                runner=_in_process(options) if here else runner, options=options
-            )
+            pipeline = beam_runs.new_pipeline(options)
             _ = (
                 pipeline
                 | "shards" >> beam.Create(list(todo))
@@ -140,13 +129,6 @@ def run_stage(
         raise
     if state not in (None, PipelineState.DONE):
         raise AnnotationFailed(f"stage {plan.stage}: the runner ended in state {state}")
-
-
-def _in_process(options: PipelineOptions) -> FnApiRunner:
-    """Beam's runner on this machine; its workers get the options too."""
-    encoded = JobServiceHandle.encode_pipeline_options(options.get_all_options())
-    info = beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded)
-    return FnApiRunner(provision_info=ExtendedProvisionInfo(info))
 
 
 def _raise_quoted(error: Exception) -> None:

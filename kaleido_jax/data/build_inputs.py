@@ -101,6 +101,8 @@ def find_units(images: str, split: str, data_dir: str = "") -> list[Unit]:
     """
     if images.startswith(_TFDS):
         tfds = _tfds_split(images, data_dir)
+        if not tfds.shard_names:
+            raise UserError(f"{images} is empty")
         return [
             Unit(split, name, images, part, data_dir, (("records", count),))
             for part, (name, count) in enumerate(zip(tfds.shard_names, tfds.shard_lengths))

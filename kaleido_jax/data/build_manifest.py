@@ -29,6 +29,8 @@ def judge(settings: Build, staging: Path, units: Sequence[Unit], dones: Sequence
             if not sum(done.records for unit, done in zip(units, dones) if unit.split == split):
                 raise UserError(f"build: split {split!r} holds no usable example")
         return
+    if not lost:
+        raise UserError(f"build: no example in {units[0].place} or any other shard")
     write_quarantine(staging, units, dones)
     unit, first = next((u, d.skipped[0]) for u, d in zip(units, dones) if d.skipped)
     raise UserError(

@@ -180,21 +180,16 @@ def features(size: int, encoding: str) -> tfds.features.FeaturesDict:
 
 
 def _run_units(job: Job, units: Sequence[Unit], flags: Sequence[str]) -> None:
-    """Builds units on a Beam runner, and waits."""
+    """Builds units on a Beam runner, and waits. Raises UserError for flags it does not take."""
     try:
         import apache_beam as beam
-        from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
-        from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
+
+        from kaleido_jax.data import beam_runs
     except ImportError as error:
         raise UserError(
             "build needs apache-beam: pip install -c constraints.txt 'kaleido_jax[annotate,data]'"
         ) from error
-    options = PipelineOptions(list(flags))
-    runner = options.view_as(StandardOptions).runner
-    if runner in (None, "DirectRunner"):
-        # DirectRunner would look for another runner on the network before it takes this one.
-        runner = FnApiRunner()
-    pipeline = beam.Pipeline(runner=runner, options=options)
+    pipeline = beam_runs.new_pipeline(beam_runs.read_options(flags))
     _ = (
         pipeline
         | "shards" >> beam.Create(list(units))

@@ -105,6 +105,9 @@ def test_bad_pictures_are_counted_and_odd_ones_kept(tmp_path):
     for key, reason in bad.items():
         assert found[key][0] == "picture"
         assert found[key][1].startswith(reason)
+    again = dataclasses.replace(settings, out=str(tmp_path / "again"))
+    records.build(again)
+    assert builds.tree(again.folder) == builds.tree(settings.folder)
     source = RecordSource(settings.out)
     kept = {source[i]["caption"]: source[i]["image"] for i in range(20, 23)}
     for name in ("cmyk", "deep", "rotated"):
@@ -182,6 +185,14 @@ def test_nothing_usable_is_told(tmp_path):
     builds.write_shard(tmp_path / "shards" / "a.tar", {"k.png": b"", "k.txt": b"x"})
     settings = builds.settings(tmp_path / "out", str(tmp_path / "shards"), max_bad_fraction=1.0)
     with pytest.raises(UserError, match=r"about 1 of 1 examples cannot be used"):
+        records.build(settings)
+
+
+def test_shards_without_a_single_example_are_told(tmp_path):
+    (tmp_path / "shards").mkdir()
+    builds.write_shard(tmp_path / "shards" / "a.tar", {})
+    settings = builds.settings(tmp_path / "out", str(tmp_path / "shards"))
+    with pytest.raises(UserError, match=r"no example in .*a\.tar or any other shard"):
         records.build(settings)
 
 
