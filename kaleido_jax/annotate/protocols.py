@@ -16,10 +16,9 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 
 from kaleido_jax.data.transforms import Frame
+from kaleido_jax.sidecars import MAX_RAW, STATUSES
 
 STAGES = ("text", "bbox", "blob", "voken")
-STATUSES = ("ok", "repaired", "empty", "rejected", "failed")
-MAX_RAW = 2000  # characters of raw output that a result carries
 
 
 @dataclass(frozen=True)

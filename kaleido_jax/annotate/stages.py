@@ -207,6 +207,6 @@ def _letter(key: str, stage: str, error: str, raw: str, attempt: int) -> dict[st
         "key": key,
         "stage": stage,
         "error": error,
-        "raw": raw[: sidecars.MAX_RAW],
+        "raw": raw,
         "attempt": attempt,
     }
