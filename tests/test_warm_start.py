@@ -1,0 +1,142 @@
+"""Training that starts from imports: what fits is taken, what reads the condition starts anew."""
+
+from __future__ import annotations
+
+import pathlib
+
+import flax.traverse_util as traverse
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
+
+from kaleido_jax import bundle, config, train, warm_start
+from kaleido_jax.errors import UserError
+from kaleido_jax.interop import imports
+from tests import foreign
+from tests.tiny import tiny_config
+
+T5_FIELDS = dict(
+    vocab_size=512, emb_dim=48, num_heads=2, head_dim=8, mlp_dim=32,
+    num_encoder_layers=1, num_decoder_layers=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Imports of a T5 and of an MDM of one resolution."""
+    folder = tmp_path_factory.mktemp("weights")
+    foreign.huggingface_folder(folder / "hf")
+    imports.plan_t5(folder / "hf", vokens=0).write(folder / "t5")
+    save_file(foreign.small_mdm(), folder / "m.safetensors")
+    imports.plan_mdm(folder / "m.safetensors").write(folder / "mdm")
+    return folder
+
+
+def kaleido_config(weights, denoiser=None, **t5):
+    """A training config for Kaleido whose sizes are the imports', and what differs."""
+    cfg = tiny_config("train.num_steps=1", "train.checkpoint_every=1", "model.freeze_encoder=True")
+    stated = bundle.read_config(weights / "mdm").model.denoiser.to_dict()
+    with cfg.unlocked():
+        cfg.init_from = (str(weights / "t5"), str(weights / "mdm"))
+        cfg.vocabulary.num_vokens = 0
+        cfg.data.image_size = 32
+        for part in ("text_encoder", "latent_decoder"):
+            cfg.model[part].update(T5_FIELDS | t5)
+        cfg.model.denoiser = ConfigDict(stated | (denoiser or {}))
+    config.check(cfg)
+    return cfg.lock()
+
+
+def start(cfg):
+    """Flat parameters at the start, the imports' as the config names them, and what was said."""
+    trainer, said = train.Trainer(cfg, jax.devices()[:1]), []
+    # Zeros in the place of an initialisation, which takes long to compile.
+    zeros = jax.tree.map(
+        lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
+        trainer.abstract_state(),
+    )
+    state = train._start_from(zeros, cfg, said.append)
+    merged = traverse.flatten_dict({**state.params, **state.frozen}, sep="/")
+    found = {}
+    for folder in cfg.init_from:
+        found |= {k: np.asarray(v) for k, v in bundle.read_tensors(pathlib.Path(folder)).items()}
+    return {name: np.asarray(value) for name, value in merged.items()}, found, said, state
+
+
+def test_what_fits_is_taken(weights):
+    got, found, said, state = start(kaleido_config(weights))
+    assert got.keys() == found.keys()
+    for name, value in found.items():
+        np.testing.assert_array_equal(got[name], value, err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, state.params, state.ema)
+    parts = ["text_encoder", "latent_decoder", "denoiser"]
+    assert [line.partition(":")[0] for line in said] == parts
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_there(weights, tmp_path):
+    train.train(kaleido_config(weights), tmp_path, say=lambda line: None)
+    trained = traverse.flatten_dict(bundle.load(tmp_path).params, sep="/")
+    found = bundle.read_tensors(weights / "t5") | bundle.read_tensors(weights / "mdm")
+    assert trained.keys() == found.keys()
+    moved = 0
+    for name, tensor in found.items():
+        apart = np.abs(np.asarray(trained[name]) - np.asarray(tensor)).max()
+        assert apart == 0 if name.startswith("text_encoder") else apart < 1e-2, name
+        moved += apart > 0
+    assert moved > 100
+
+
+def test_another_condition_starts_anew(weights):
+    """As MDM (2048 wide, nothing learned) to Kaleido (1024 wide, 2 learned layers)."""
+    cfg = kaleido_config(weights, dict(conditioning_feature_proj_dim=16, num_lm_head_layers=2))
+    got, found, said, _ = start(cfg)
+    new = {n for n in got if n not in found or got[n].shape != found[n].shape}
+    assert any("/condition/project/" in n for n in new)
+    assert any("/condition/layer_1/" in n for n in new)
+    assert any("/cross_kv/" in n for n in new)
+    assert all(
+        any(f"/{part}/" in n for part in ("condition", "cross_norm", "cross_kv")) for n in new
+    )
+    for name in found.keys() - new:
+        np.testing.assert_array_equal(got[name], found[name], err_msg=name)
+    assert f"{len(new)} parameters start anew" in said[-1]
+
+
+def test_a_denoiser_becomes_the_inner_one_of_two(weights):
+    stated = bundle.read_config(weights / "mdm").model.denoiser.to_dict()
+    del stated["name"]
+    outer = dict(
+        name="nested_unet", resolution_channels=(32, 32), num_resnets_per_resolution=(1, 1),
+        num_attention_layers=(0, 0), temporal_dim=128, skip_normalization=True, inner=stated,
+    )  # fmt: skip
+    cfg = kaleido_config(weights)
+    with cfg.unlocked():
+        cfg.model.denoiser = ConfigDict(outer)
+    got, found, said, _ = start(cfg)
+    stem = "trunk/stem/kernel"
+    np.testing.assert_array_equal(got[f"denoiser/inner/{stem}"], found[f"denoiser/{stem}"])
+    assert "start anew" in said[-1] and "denoiser/outer/stem/kernel" in got
+
+
+def test_scanned_layers_take_unscanned_weights(weights):
+    got, found, _, _ = start(kaleido_config(weights, scan_layers=True))
+    layers = [found[f"latent_decoder/decoder/layers_{i}/mlp/wo/kernel"] for i in range(2)]
+    np.testing.assert_array_equal(
+        got["latent_decoder/decoder/layers/mlp/wo/kernel"], np.stack(layers, 1)
+    )
+
+
+def test_what_does_not_fit_is_listed(weights, tmp_path):
+    with pytest.raises(UserError) as caught:
+        start(kaleido_config(weights, mlp_dim=64))
+    line = str(caught.value)
+    assert "\n" not in line and "wi_0/kernel is [48, 32], should be [48, 64]" in line
+    with pytest.raises(UserError, match=r"import it with --vokens .* is \[512, 48\]"):
+        start(kaleido_config(weights, vocab_size=640))
+    with pytest.raises(UserError, match="which is not a folder"):
+        warm_start.warm_start({}, None, [str(tmp_path / "nowhere")])
+    with pytest.raises(UserError, match="none of the model's parts"):
+        warm_start.warm_start({}, None, [str(weights / "t5")])
