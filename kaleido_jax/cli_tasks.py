@@ -16,9 +16,10 @@ from kaleido_jax.errors import UserError
 
 if TYPE_CHECKING:
     from kaleido_jax.data.peek import Peek
+    from kaleido_jax.data.task_table import TaskSpec
     from kaleido_jax.tokens import Vocabulary
 
-_NUM_VOKENS = 8192
+_LAST_START = 10**12  # numbers of positions stay within 64 bits, whatever the mixture
 
 
 def add_tasks(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:
@@ -63,7 +64,11 @@ def add_tasks(verbs: argparse._SubParsersAction, name: str) -> argparse.Argument
         "--in-order", action="store_true", help="the order of the files, not shuffled"
     )
     parser.add_argument(
-        "--start", type=arguments.whole(0), default=0, metavar="N", help="examples to leave out"
+        "--start",
+        type=arguments.whole(0, _LAST_START),
+        default=0,
+        metavar="N",
+        help="examples to leave out",
     )
     parser.add_argument(
         "--vocabulary",
@@ -83,14 +88,18 @@ def tasks(args: argparse.Namespace) -> None:
     if args.out is None:
         raise UserError(f"tasks {args.task}: --out DIR is needed for the pictures")
     from kaleido_jax import outputs
-    from kaleido_jax.tokens import Vocabulary
 
     outputs.check_folder(args.out)
+    draw(args, _vocabulary(args))
+
+
+def _vocabulary(args: argparse.Namespace) -> Vocabulary:
+    from kaleido_jax.data.task_table import NUM_VOKENS
+    from kaleido_jax.tokens import Vocabulary
+
     if args.vocabulary:
-        vocabulary = Vocabulary.from_file(args.vocabulary, _NUM_VOKENS)
-    else:
-        vocabulary = Vocabulary.default(_NUM_VOKENS)
-    draw(args, vocabulary)
+        return Vocabulary.from_file(args.vocabulary, NUM_VOKENS)
+    return Vocabulary.default(NUM_VOKENS)
 
 
 def listing(match: str, data_dir: str) -> str:
@@ -109,11 +118,7 @@ def listing(match: str, data_dir: str) -> str:
         part = spec.tasks[0] if isinstance(spec, task_table.MixtureSpec) else spec
         place = (part.records, part.size)
         if place not in built:
-            try:
-                counts = task_table.splits(part, data_dir)
-                built[place] = ", ".join(f"{n:,} {split}" for split, n in counts.items())
-            except UserError:
-                built[place] = "not built"
+            built[place] = _built(part, data_dir)
         lines.append(
             f"{spec.name:<24}{spec.size:>7}{spec.latent_length:>8}  "
             f"{' '.join(spec.latents):<26}{built[place]}"
@@ -123,8 +128,25 @@ def listing(match: str, data_dir: str) -> str:
     return "\n".join(lines)
 
 
+def _built(spec: TaskSpec, data_dir: str) -> str:
+    """How many records a task finds, by split."""
+    from kaleido_jax.data import task_table
+
+    if not (task_table.data_folder(data_dir) / spec.records).is_dir():
+        return "not built"
+    try:
+        counts = task_table.splits(spec, data_dir)
+    except UserError:
+        return "cannot be read"  # a look into the task says why
+    return ", ".join(f"{n:,} {split}" for split, n in counts.items())
+
+
 def draw(args: argparse.Namespace, vocabulary: Vocabulary) -> None:
-    """Writes one PNG for each example, and examples.jsonl beside them."""
+    """Writes one PNG for each example, and examples.jsonl beside them.
+
+    Raises:
+      UserError: no such task or records, a folder that cannot be written.
+    """
     from kaleido_jax.data.peek import peek
 
     examples = peek(
@@ -138,13 +160,18 @@ def draw(args: argparse.Namespace, vocabulary: Vocabulary) -> None:
         args.start,
     )
     lines = []
-    beside = args.out.with_name(f".{args.out.name}.{os.getpid()}.tmp")
-    beside.mkdir(parents=True)
+    out = args.out.resolve()
+    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
+        beside.mkdir(parents=True)
         for number, example in enumerate(examples):
             lines.append(_write(beside, number, example))
         (beside / "examples.jsonl").write_text("".join(lines), "utf-8")
-        os.replace(beside, args.out)
+        os.replace(beside, out)
+    except BrokenPipeError:  # of what is printed
+        raise
+    except OSError as error:
+        raise UserError(f"{args.out} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     print(f"{len(lines)} pictures and examples.jsonl: {args.out}")
@@ -225,15 +252,10 @@ def add_bench_data(verbs: argparse._SubParsersAction, name: str) -> argparse.Arg
 def bench_data(args: argparse.Namespace) -> None:
     """Prints a JSON line for each size, or for the task."""
     from kaleido_jax.bench import data as bench
-    from kaleido_jax.tokens import Vocabulary
 
     if args.task and args.size:
         raise UserError("bench data: --size is for drawn records; a task has its own")
-    vocabulary = (
-        Vocabulary.from_file(args.vocabulary, _NUM_VOKENS)
-        if args.vocabulary
-        else Vocabulary.default(_NUM_VOKENS)
-    )
+    vocabulary = _vocabulary(args)
     settings = bench.Settings(args.seconds, args.batch_size, args.workers)
     if args.task:
         print(json.dumps(bench.task(args.task, args.data_dir, args.split, vocabulary, settings)))

@@ -181,11 +181,11 @@ class Vocabulary:
           UserError: an unknown name, or vokens that this vocabulary does not have.
           LatentError: vokens that are not 32 ids, or unknown characters in an invalid string.
         """
+        for name in names:
+            self.section_id(name)
         values = {name: self.spell(name, values[name]) for name in names if values.get(name)}
         parts = {name: self._encode_one(name, values[name]) for name in names if values.get(name)}
         heading = 1 if len(names) > 1 else 0
-        for name in names:
-            self.section_id(name)
 
         def excess() -> int:
             return 1 + sum(heading + len(part) for part in parts.values()) - max_length

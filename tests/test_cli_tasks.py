@@ -59,6 +59,21 @@ def test_a_look_into_a_task(capsys, data_dir, tmp_path):
     assert "already holds files" in capsys.readouterr().err
 
 
+def test_a_look_into_the_folder_where_one_stands(data_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["tasks", "shapes_64_text", "--data-dir", data_dir, "--num", "1"]
+    assert cli.main([*words, "--start", str(10**12), "--out", "."]) == 0
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_list_tells_broken_records_from_missing_ones(capsys, tmp_path):
+    (write_shapes(tmp_path, 3) / "dataset_info.json").write_text("{")
+    assert cli.main(["tasks", "--match", "_64_text", "--data-dir", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert next(line for line in lines if line.startswith("shapes")).endswith("cannot be read")
+    assert next(line for line in lines if line.startswith("cc12m")).endswith("not built")
+
+
 def test_a_look_follows_the_stream(data_dir):
     def keys(**more):
         return [p.key for p in peek("shapes_64_bbox", VOCABULARY, data_dir=data_dir, **more)]
@@ -78,6 +93,8 @@ def test_a_look_follows_the_stream(data_dir):
         (["shapes_64_text", "--out", "{out}", "--split", "test"], "has no split 'test'"),
         (["--match", "nothing"], "no task holds 'nothing'"),
         (["shapes_64_text", "--out", "{out}", "--vocabulary", "{out}"], "cannot read"),
+        (["shapes_64_text", "--out", "{out}", "--start", str(2**62)], "not a whole number of 0 to"),
+        (["shapes_64_text", "--out", "/proc/new"], "/proc/new cannot be written"),
     ],
 )
 def test_misuse_is_one_line(capsys, data_dir, tmp_path, words, message):

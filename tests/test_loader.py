@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -142,6 +143,72 @@ def test_bad_records_are_counted_and_replaced():
         spoiled.batch(0)
 
 
+def test_evaluation_bears_bad_records_that_lie_side_by_side():
+    # Of a missing file, for example: its share of the whole counts, not of what was read so far.
+    first = loader(Numbers(1000, bad=tuple(range(15))), 8)
+    weights = np.concatenate([w for _, w in first.evaluation_batches()])
+    assert weights.tolist() == [0] * 15 + [1] * 985
+    assert len(first.bad) == 15
+    in_order = loader(Numbers(1000, bad=tuple(range(15))), 40, shuffle=False)
+    assert numbers(in_order.batch(0))[15:] == list(range(15, 40))
+    with pytest.raises(UserError, match=r"21 of 21 records .* share of 0\.02"):
+        list(loader(Numbers(1000, bad=tuple(range(30))), 8).evaluation_batches())
+
+
+def test_evaluation_counts_a_bad_record_once():
+    # The last one of all, and so beside the places that fill the last batch.
+    for hosts in (1, 2):
+        kept = []
+        for host in range(hosts):
+            part = loader(
+                Numbers(65, bad=(64,)), 16, host_index=host, host_count=hosts, max_bad_fraction=0.02
+            )
+            for batch, weights in part.evaluation_batches():
+                assert len(batch.image) == len(weights) == 16 // hosts
+                kept += [n for n, w in zip(numbers(batch), weights, strict=True) if w]
+        assert sorted(kept) == list(range(64))
+
+
+def test_chance_does_not_stop_a_bearable_share():
+    draw = np.random.default_rng(0)
+    for seed in range(40):
+        bad = tuple(draw.choice(5000, 90, replace=False).tolist())  # 1.8%
+        part = loader(Numbers(5000, bad=bad), 100, seed=seed)
+        for step in range(0, 5000 // 100, 3):
+            part.batch(step)
+    none = loader(Numbers(500, bad=(3,)), 250, max_bad_fraction=0)
+    with pytest.raises(UserError, match="could not be read"):
+        none.batch(0), none.batch(1)
+
+
+def test_a_latent_that_cannot_be_encoded_is_named_by_its_key():
+    class Broken(Numbers):
+        def __getitem__(self, index):
+            made = super().__getitem__(index)
+            return {**made, "latents": {"bbox": "no box \N{SNOWMAN}" if index == 3 else ""}}
+
+    part = loader(Broken(60), 60)
+    assert 3 not in numbers(part.batch(0))
+    assert list(part.bad) == ["3"]
+
+
+def test_threads_work_and_end_with_the_batches():
+    def mine() -> list[threading.Thread]:
+        return [t for t in threading.enumerate() if t.name.startswith("kaleido-loader")]
+
+    class Meeting(Numbers):
+        def __getitem__(self, index):
+            meet.wait(10)  # passes when all six threads read at once
+            return super().__getitem__(index)
+
+    meet = threading.Barrier(6)
+    batches = loader(Meeting(64), 1, prefetch=1, workers=6).batches()
+    next(batches)
+    assert len(mine()) == 6
+    batches.close()
+    assert not mine()
+
+
 def test_errors_of_threads_reach_the_reader():
     source = Numbers(50, bad=tuple(range(50)))
     with pytest.raises(UserError, match="50 records in a row cannot be read"):
@@ -161,6 +228,10 @@ def test_misuse_is_told():
         loader(Numbers(0))
     with pytest.raises(UserError, match="cannot be split over 3 hosts"):
         loader(Numbers(9), 8, host_count=3)
+    with pytest.raises(UserError, match=r"max_bad_fraction is 2; it must be in 0\.\.1"):
+        loader(Numbers(9), 8, max_bad_fraction=2)
+    with pytest.raises(UserError, match="max_bad_fraction is 'few'"):
+        loader(Numbers(9), 8, max_bad_fraction="few")
     with pytest.raises(UserError, match="host index 2"):
         loader(Numbers(9), 8, host_index=2, host_count=2)
     with pytest.raises(UserError, match="image_size is 64"):

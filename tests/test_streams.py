@@ -41,6 +41,23 @@ class Named:
         }
 
 
+def anew(source):
+    """As many records under the same names, but other captions."""
+
+    def other(named: Named) -> Named:
+        class Other(Named):
+            def __getitem__(self, index):
+                return {**super().__getitem__(index), "caption": "another"}
+
+        return Other(named.name, named.count)
+
+    if isinstance(source, Mixture):
+        parts = zip(source.names, source.sources, source.quotas, strict=True)
+        parts = [(name, other(part), quota) for name, part, quota in parts]
+        return Mixture({n: part for n, part, _ in parts}, {n: quota for n, _, quota in parts})
+    return other(source)
+
+
 def mixture(**rates) -> Mixture:
     counts = {"a": 30, "b": 7, "c": 101}
     return Mixture({name: Named(name, counts[name]) for name in rates}, rates)
@@ -146,6 +163,9 @@ def test_rates_that_cannot_be_are_told():
         ({"a": 0, "b": 1}, "rate of a is 0; it must be positive"),
         ({"a": float("nan"), "b": 1}, "rate of a is nan"),
         ({"a": float("inf"), "b": 1}, "rate of a is inf"),
+        ({"a": np.float32("inf"), "b": 1}, "rate of a is inf"),
+        ({"a": "much", "b": 1}, "rate of a is much"),
+        ({"a": 0, "b": 0}, "rate of a is 0"),
         ({"a": 0.123457, "b": 1}, "use rounder rates"),
     ):
         with pytest.raises(UserError, match=words):
@@ -214,9 +234,12 @@ def test_a_position_is_small_and_resumes_the_same_stream(source):
         (loader(source, 6, seed=1), "seed was 0, now it is 1"),
         (loader(source, 6, shuffle=False), "shuffle was True"),
         (loader(Named("n", 38), 6), r"examples was \d+, now it is 38|mixture was"),
+        (loader(anew(source), 6), "data was"),
     ):
         with pytest.raises(UserError, match=words):
             other.resume(json.loads(saved))
+    earlier = {k: v for k, v in json.loads(saved).items() if k != "data"}
+    assert loader(source, 6).resume(earlier) == 9
 
 
 def test_a_position_holds_numbers_and_names_alone():

@@ -24,7 +24,7 @@ from tests import t5_pieces  # noqa: E402
 from tests.records import jpeg, record, write_folder, write_shapes  # noqa: E402
 
 COUNT = 23
-VOCABULARY = Vocabulary.default(tasks.NUM_VOKENS)
+VOCABULARY = Vocabulary.default(task_table.NUM_VOKENS)
 LENGTHS = {"caption": 32, "latents": 200, "image": 64, "key_hash": 1}
 FIELDS = ("caption_tokens", "latent_tokens", "image", "key_hash")
 
@@ -117,8 +117,9 @@ def test_shuffling_epochs_and_shards(data_dir):
     assert woven == two
     endless = task.get_dataset(LENGTHS, seed=1, num_epochs=None).take(60)
     assert keys(endless)[: 2 * COUNT] == two
-    source = task.source.get_dataset("train", shuffle=False)
-    assert next(r["caption"] for r in source.take(1).as_numpy_iterator())
+    source = list(task.source.get_dataset("train", False, num_epochs=2).as_numpy_iterator())
+    assert [r["index"] for r in source] == [*range(COUNT)] * 2
+    assert [r["key"].decode() for r in source[:COUNT]] == [f"shapes-3-{i}" for i in range(COUNT)]
 
 
 def test_lengths_cut_at_segment_ends(data_dir):
@@ -136,6 +137,51 @@ def test_lengths_cut_at_segment_ends(data_dir):
     assert cut
     with pytest.raises(UserError, match="pictures of 32 pixels, the records have 64"):
         task.get_dataset({**LENGTHS, "image": 32})
+
+
+def test_lengths_without_trimming_cut_nothing(data_dir):
+    for name in ("shapes_64_bbox", "shapes_64_mixture"):
+        task = seqio.get_mixture_or_task(name)
+        lengths = {**LENGTHS, "caption": 3, "latents": 9}
+        whole = task.get_dataset(None, num_epochs=1)
+        for other, same in (
+            (task.get_dataset(lengths, num_epochs=1, trim_output_features=False), True),
+            (task.get_dataset(lengths, num_epochs=1), False),
+        ):
+            pairs = zip(whole.as_numpy_iterator(), other.as_numpy_iterator(), strict=True)
+            assert all(
+                np.array_equal(a[f], b[f]) == same for a, b in pairs for f in ("caption", "latents")
+            )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split": "test"}, "no split 'test'"),
+        ({"seed": "x"}, "seed is 'x'"),
+        ({"start": -1}, "start is -1"),
+        ({"num_epochs": 0}, "num_epochs is 0"),
+        ({"shard_info": seqio.ShardInfo(4, 4)}, "shard 4 of 4"),
+        ({"shard_info": seqio.ShardInfo(0, 0)}, "shard 0 of 0"),
+        ({"sequence_length": {"caption": 0}}, "at least 1"),
+    ],
+)
+def test_arguments_out_of_range_are_told(data_dir, settings, message):
+    for name in ("shapes_64_bbox", "shapes_64_mixture"):
+        with pytest.raises(UserError, match=message):
+            seqio.get_mixture_or_task(name).get_dataset(**settings)
+
+
+def test_batches_that_cannot_be_shared_are_told(data_dir):
+    for rows, host, hosts, message in (
+        (9, 0, 2, "cannot be split over 2 hosts"),
+        (0, 0, 1, "batch size 0"),
+        (8, 2, 2, "host index 2 is not in 0..1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            tasks.batches("shapes_64_text", rows, host_index=host, host_count=hosts)
+    with pytest.raises(UserError, match="no split 'test'"):
+        seqio.get_mixture_or_task("shapes_64_text").num_input_examples("test")
 
 
 def test_seqio_get_dataset_and_the_converter(data_dir):
@@ -165,7 +211,7 @@ def test_the_vocabulary_of_seqio():
     # Text reaches neither vokens nor sections, ids of vokens are read.
     assert max(ids.encode("#17 </s>")) < VOCABULARY.section_offset
     assert ids.decode([VOCABULARY.voken_offset + 17]) == "#17"
-    assert ids == SeqioVocabulary(Vocabulary.default(tasks.NUM_VOKENS))
+    assert ids == SeqioVocabulary(Vocabulary.default(task_table.NUM_VOKENS))
     assert ids != SeqioVocabulary(Vocabulary.default(5))
 
 
@@ -219,6 +265,9 @@ def truncated(made):
 def unreadable(made):
     del made[2]["caption"]
     made[5]["key"] = [b"\xff"]
+    # Whoever reads vokens need not mind.
+    made[9]["text"] = [b"\xff"]
+    made[11]["blob"] = [b"", b""]
 
 
 @pytest.mark.parametrize("spoil", [truncated, unreadable])
@@ -272,6 +321,8 @@ def test_misuse_is_told(data_dir, tmp_path):
         task_table.add_task("new", "x", 256, ("depth",), 9)
     with pytest.raises(UserError, match="different sizes"):
         task_table.add_mixture("new", {"cc12m_256_text": 1, "cc12m_64_text": 1})
+    with pytest.raises(UserError, match="the rate of cc12m_64_text is 0; it must be positive"):
+        task_table.add_mixture("new", {"cc12m_64_text": 0, "cc12m_64_bbox": 0})
     with pytest.raises(UserError, match="tasks only"):
         task_table.add_mixture("new", {"cc12m_256_mixture": 1})
     settings = {"name": "task", "task": "shapes_64_text", "path": data_dir}

@@ -23,7 +23,7 @@ from kaleido_jax.errors import UserError
 from kaleido_jax.tokens import Vocabulary
 
 RESUME_STEPS = (10, 10**4, 10**7)
-LATENTS = ("text", "bbox", "voken")
+LATENTS, LATENT_LENGTH = task_table.LATENT_SETS["combined"]
 _PHOTOGRAPHS = 32  # different ones; more would measure nothing else
 _REPEATS = 5  # of each time; the median counts
 
@@ -49,7 +49,12 @@ def drawn(size: int, records: int, vocabulary: Vocabulary, settings: Settings) -
     with tempfile.TemporaryDirectory() as folder:
         picture_bytes = write_records(Path(folder), size, records)
         result = measure(
-            lambda: RecordSource(folder, LATENTS, size), vocabulary, LATENTS, 288, size, settings
+            lambda: RecordSource(folder, LATENTS, size),
+            vocabulary,
+            LATENTS,
+            LATENT_LENGTH,
+            size,
+            settings,
         )
     return {"bench": "data", "data": "drawn", "picture_bytes": round(picture_bytes), **result}
 

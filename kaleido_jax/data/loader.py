@@ -8,6 +8,9 @@ Records are drawn by number and only then read and decoded: no picture waits in 
 from __future__ import annotations
 
 import collections
+import functools
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +20,8 @@ import numpy as np
 from jaxtyping import Float, Int64
 
 from kaleido_jax import tokens
-from kaleido_jax.data.reader import Encoder, Reader, key_hash
-from kaleido_jax.data.sources import Source
+from kaleido_jax.data.reader import MAX_BAD_FRACTION, Encoder, Reader, key_hash
+from kaleido_jax.data.sources import RecordError, Source
 from kaleido_jax.data.streams import make_stream, permute
 from kaleido_jax.errors import UserError
 from kaleido_jax.types import Batch
@@ -47,7 +50,8 @@ class Loader:
         fewer than a batch, are left out of it.
       host_index, host_count: this host takes rows [i B / H, (i + 1) B / H) of each batch.
       max_bad_fraction: share of unreadable records above which reading stops.
-      prefetch, workers: batches made ahead, and threads that make them (0: one for each core).
+      prefetch: batches made ahead, at least one for each thread.
+      workers: threads that make them (0: one for each core).
 
     Raises:
       UserError: settings that do not fit each other.
@@ -68,18 +72,13 @@ class Loader:
         drop_remainder: bool = False,
         host_index: int = 0,
         host_count: int = 1,
-        max_bad_fraction: float = 0.02,
+        max_bad_fraction: float = MAX_BAD_FRACTION,
         prefetch: int = 4,
         workers: int = 0,
     ):
         if len(source) < 1:
             raise UserError("the data set has no examples")
-        if batch_size < 1 or batch_size % host_count:
-            raise UserError(
-                f"batch size {batch_size} cannot be split over {host_count} hosts evenly"
-            )
-        if not 0 <= host_index < host_count:
-            raise UserError(f"host index {host_index} is not in 0..{host_count - 1}")
+        check_hosts(batch_size, host_index, host_count)
         epoch_length = None
         if drop_remainder:
             epoch_length = len(source) // batch_size * batch_size
@@ -92,9 +91,9 @@ class Loader:
         self.host_index, self.host_count = host_index, host_count
         self.encode = Encoder(vocabulary, latents, caption_length, latent_length, image_size)
         self.stream = make_stream(source, seed, shuffle, epoch_length)
-        self.reader = Reader(source, self.encode, self.stream, max_bad_fraction)
-        self.prefetch = max(1, prefetch)
+        self.reader = Reader(source, self.encode, self.stream, max_bad_fraction, not shuffle)
         self.workers = workers or min(_MOST_WORKERS, os.cpu_count() or 1)
+        self.prefetch = max(prefetch, self.workers)
 
     @property
     def bad(self) -> dict[str, str]:
@@ -127,7 +126,10 @@ class Loader:
         return self.encode.collate([self.reader.read(int(i)) for i in self.indices(step)])
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
-        """Batches from step `start` on, without end, made ahead by threads."""
+        """Batches from step `start` on, without end, made ahead by threads.
+
+        The threads end with the iterator: when it is closed or forgotten.
+        """
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="kaleido-loader")
         ahead: collections.deque = collections.deque()
         step = start
@@ -138,11 +140,30 @@ class Loader:
                     step += 1
                 yield ahead.popleft().result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
     def position(self, step: int) -> dict[str, Any]:
         """Where the stream stands after `step` batches: all that resuming needs, fit for JSON."""
-        return {"step": step, "batch_size": self.batch_size, **self.stream.state()}
+        return {
+            "step": step,
+            "batch_size": self.batch_size,
+            **self.stream.state(),
+            "data": self._sample,
+        }
+
+    @functools.cached_property
+    def _sample(self) -> str:
+        """A hash of three examples: records that were made anew may be as many as before."""
+        digest = hashlib.blake2b(digest_size=8)
+        for index in (0, len(self.source) // 2, len(self.source) - 1):
+            try:
+                example = self.source[index]
+                said = [example["key"], example["caption"]]
+                said += [example["latents"].get(name, "") for name in self.encode.latents]
+            except RecordError:
+                said = []
+            digest.update(json.dumps(said).encode())
+        return digest.hexdigest()
 
     def resume(self, position: Mapping[str, Any]) -> int:
         """The step to go on with, from what `position` gave.
@@ -153,6 +174,8 @@ class Loader:
           UserError: another data set, seed or batch size: going on would not be the same stream.
         """
         now = self.position(int(position.get("step", 0)))
+        if "data" not in position:  # as in earlier checkpoints
+            del now["data"]
         for name in (*now, *(key for key in position if key not in now)):
             if now.get(name) != position.get(name):
                 raise UserError(
@@ -164,16 +187,30 @@ class Loader:
     def evaluation_batches(self) -> Iterator[tuple[Batch, Float[np.ndarray, " rows"]]]:
         """Every readable example once in the source's order, with weights.
 
-        The last batch is filled up with repetitions of weight 0; so are bad records.
+        Repetitions of weight 0 stand in for bad records and fill the last batch.
+
+        Raises:
+          UserError: too many bad records, or a picture of another size.
         """
         count = len(self.source)
+        reader = Reader(
+            self.source, self.encode, self.stream, self.reader.max_bad_fraction, in_order=True
+        )
+        reader.bad = self.bad  # told once, however often is evaluated
+        filler = None
         for step in range(-(-count // self.batch_size)):
             position = self._positions(step)
-            rows, weights = [], (position < count).astype(np.float32)
-            for place, index in enumerate(np.minimum(position, count - 1)):
-                row = self.reader.try_read(int(index))
-                if row is None:
-                    weights[place] = 0
-                    row = self.reader.read((int(index) + 1) % count)
-                rows.append(row)
-            yield self.encode.collate(rows), weights
+            rows = [reader.try_read(int(i)) if i < count else None for i in position]
+            filler = next((row for row in rows if row is not None), filler)
+            if filler is None:
+                filler = reader.read(0)
+            weights = np.array([row is not None for row in rows], np.float32)
+            yield self.encode.collate([row or filler for row in rows]), weights
+
+
+def check_hosts(batch_size: int, host_index: int, host_count: int) -> None:
+    """Raises UserError unless host_count hosts can share a batch, and host_index is one of them."""
+    if host_count < 1 or not 0 <= host_index < host_count:
+        raise UserError(f"host index {host_index} is not in 0..{host_count - 1}")
+    if batch_size < 1 or batch_size % host_count:
+        raise UserError(f"batch size {batch_size} cannot be split over {host_count} hosts evenly")

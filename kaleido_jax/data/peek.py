@@ -58,11 +58,12 @@ def peek(
         vocabulary, spec.latents, task_table.CAPTION_LENGTH, spec.latent_length, spec.size
     )
     stream = make_stream(source, seed, shuffle)
-    reader = Reader(source, encode, stream, max_bad_fraction=0.02)
-    for index in stream.indices(np.arange(start, start + count)):
+    reader = Reader(source, encode, stream, in_order=not shuffle)
+
+    def look(index: np.integer) -> Peek:
         row = reader.read(int(index))
         latents = vocabulary.decode_latents(row.latents, spec.latents)
-        yield Peek(
+        return Peek(
             key=row.key,
             caption=vocabulary.decode(row.caption),
             latents=latents,
@@ -71,3 +72,5 @@ def peek(
             unknown=[*row.caption, *row.latents].count(UNK),
             picture=panel(row.image, latents),
         )
+
+    return map(look, stream.indices(np.arange(start, start + count)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +20,10 @@ from kaleido_jax.latents.errors import LatentError
 from kaleido_jax.types import Batch
 
 _LOG = logging.getLogger(__name__)
+MAX_BAD_FRACTION = 0.02  # where nobody says otherwise
 _LEAST_READS = 100  # fewer reads say little about the share of bad records
+# Standard deviations by which chance may lift the share that was read above the true one.
+_CHANCE = 4
 _STAND_INS = 50
 
 Example = Mapping[str, Any]
@@ -115,14 +119,28 @@ class Reader:
       encode: makes rows of them.
       stream: the order; it names the stand-ins of bad records.
       max_bad_fraction: share of unreadable records above which reading stops.
+      in_order: the source's own order is read, where bad records may lie side by side: their
+        number is compared with the whole source's, not with what was read so far.
 
     Attributes:
       bad: where -> why, of every record that could not be read.
+
+    Raises:
+      UserError: a share that is not in 0..1.
     """
 
-    def __init__(self, source: Source, encode: Encoder, stream: Stream, max_bad_fraction: float):
+    def __init__(
+        self,
+        source: Source,
+        encode: Encoder,
+        stream: Stream,
+        max_bad_fraction: float = MAX_BAD_FRACTION,
+        in_order: bool = False,
+    ):
+        if not isinstance(max_bad_fraction, int | float) or not 0 <= max_bad_fraction <= 1:
+            raise UserError(f"max_bad_fraction is {max_bad_fraction!r}; it must be in 0..1")
         self.source, self.encode, self.stream = source, encode, stream
-        self.max_bad_fraction = max_bad_fraction
+        self.max_bad_fraction, self.in_order = max_bad_fraction, in_order
         self.bad: dict[str, str] = {}
         self._reads = self._bad_reads = 0
         self._lock = threading.Lock()
@@ -147,25 +165,38 @@ class Reader:
         self, index: int, counted: bool = True, load: Callable[[], Example] | None = None
     ) -> Row | None:
         """Row `index`, or None for a bad record; stand-ins do not count for the share."""
+        row, where, error = None, f"example {index}", None
         try:
-            row, error = self.encode(load() if load else self.source[index]), None
-        except (RecordError, LatentError) as caught:
-            row, error = None, caught
+            example = load() if load else self.source[index]
+            where = example["key"]
+            row = self.encode(example)
+        except RecordError as caught:
+            where, error = caught.where, caught
+        except LatentError as caught:
+            error = caught
         with self._lock:
             self._reads += counted
             if error is None:
                 return row
             self._bad_reads += counted
-            where = getattr(error, "where", None) or f"example {index}"
             if where not in self.bad:
                 self.bad[where] = str(error)
                 _LOG.warning("skipped %s: %s", where, error)
-            if self._bad_reads > self.max_bad_fraction * max(self._reads, _LEAST_READS):
+            if self._bad_reads > self._most_bad():
                 raise UserError(
                     f"{self._bad_reads} of {self._reads} records could not be read, more than "
                     f"the share of {self.max_bad_fraction} allowed; the last: {self._last()}"
                 )
         return None
+
+    def _most_bad(self) -> float:
+        """How many of the reads so far may be bad."""
+        share, count = self.max_bad_fraction, len(self.source)
+        if self.in_order:
+            return share * max(self._reads, count)
+        reads = max(self._reads, _LEAST_READS)
+        # A random part of a source with a bearable share may hold more; a whole epoch does not.
+        return share * reads + _CHANCE * math.sqrt(share * min(reads, count))
 
     def _last(self) -> str:
         where, why = next(reversed(self.bad.items()))

@@ -87,7 +87,7 @@ class Mixture:
         for name, count in zip(self.names, self.counts, strict=True):
             if count < 1:
                 raise UserError(f"mixture: {name} has no examples")
-        self.quotas = _quotas({name: rates[name] for name in self.names})
+        self.quotas = quotas({name: rates[name] for name in self.names})
         self._starts = np.cumsum((0, *self.counts))
 
     def __len__(self) -> int:
@@ -105,14 +105,22 @@ class Mixture:
         return self.sources[part][number]
 
 
-def _quotas(rates: Mapping[str, float]) -> tuple[int, ...]:
-    """Whole numbers in the proportion of the rates, LEAST_BLOCK or more in sum."""
+def quotas(rates: Mapping[str, float]) -> tuple[int, ...]:
+    """Whole numbers in the proportion of the rates, LEAST_BLOCK or more in sum.
+
+    Raises:
+      UserError: a rate that is not a positive number, rates whose smallest common block is over
+        LARGEST_BLOCK.
+    """
     exact = []
     for name, rate in rates.items():
-        if (isinstance(rate, float) and not math.isfinite(rate)) or not rate > 0:
+        try:
+            # By its decimals: 0.1 is one tenth here, not the binary number next to it.
+            exact.append(Fraction(str(rate)))
+        except (ValueError, ZeroDivisionError):
+            exact.append(Fraction(0))
+        if exact[-1] <= 0:
             raise UserError(f"mixture: the rate of {name} is {rate}; it must be positive")
-        # By its decimals: 0.1 is one tenth here, not the binary number next to it.
-        exact.append(rate if isinstance(rate, Fraction) else Fraction(str(rate)))
     scale = math.lcm(*(rate.denominator for rate in exact))
     whole = [int(rate * scale) for rate in exact]
     divisor = math.gcd(*whole)

@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kaleido_jax.data.reader import MAX_BAD_FRACTION
 from kaleido_jax.data.record_source import LATENT_NAMES, RecordSource, split_names
 from kaleido_jax.data.sources import Source
-from kaleido_jax.data.streams import Mixture
+from kaleido_jax.data.streams import Mixture, quotas
 from kaleido_jax.errors import UserError
 
 CAPTION_LENGTH = 128
+NUM_VOKENS = 8192  # of the paper's codebook (Fig. 14)
 # Names of the latents in z, and tokens of z with EOS for T5's pieces: 80 words, six objects.
 LATENT_SETS = {
     "text": (("text",), 128),
@@ -107,7 +109,8 @@ def add_mixture(name: str, rates: Mapping[str, float]) -> MixtureSpec:
     """Adds a mixture of tasks.
 
     Raises:
-      UserError: a name that is taken, an unknown task, pictures of different sizes.
+      UserError: a name that is taken, an unknown task, pictures of different sizes, rates that no
+        mixture can have (see `streams.quotas`).
     """
     _check_free(name)
     specs = [find(task) for task in rates]
@@ -115,6 +118,7 @@ def add_mixture(name: str, rates: Mapping[str, float]) -> MixtureSpec:
         raise UserError(f"mixture {name}: it needs tasks, and tasks only")
     if len({spec.size for spec in specs}) > 1:
         raise UserError(f"mixture {name}: its tasks have pictures of different sizes")
+    quotas(rates)
     MIXTURES[name] = MixtureSpec(name, dict(rates))
     return MIXTURES[name]
 
@@ -149,7 +153,7 @@ def task_source(
     split: str = "train",
     latents: Sequence[str] | None = None,
     size: int | None = None,
-    max_bad_fraction: float = 0.02,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
 ) -> Source:
     """The records of a task, or the mixture of its tasks' records, without TensorFlow.
 

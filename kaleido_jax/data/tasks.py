@@ -13,6 +13,7 @@ and decodes pictures with the loader's decoder, after the shuffle.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ import seqio
 import tensorflow as tf
 
 from kaleido_jax.data import feature_converter, task_table
+from kaleido_jax.data.loader import check_hosts
 from kaleido_jax.data.python_calls import python_call
 from kaleido_jax.data.reader import Encoder, Example, Reader, key_hash
 from kaleido_jax.data.record_source import LATENT_NAMES, RecordSource
@@ -31,15 +33,9 @@ from kaleido_jax.errors import UserError
 from kaleido_jax.tokens import Vocabulary
 from kaleido_jax.types import Batch
 
-NUM_VOKENS = 8192  # of the paper's codebook (Fig. 14)
 _UNBOUNDED = 2**24  # tokens, where no length is given
 _ENDLESS = 2**62
 _CHUNK = 256  # positions that are permuted at once
-_TEXTS = ("key", "caption", *LATENT_NAMES)
-_FIELDS = {
-    **{name: tf.io.FixedLenFeature([], tf.string, "") for name in ("image", *_TEXTS)},
-    **{name: tf.io.FixedLenFeature([], tf.int64, 0) for name in ("height", "width")},
-}
 
 
 class RecordDataSource(seqio.DataSource):
@@ -65,8 +61,8 @@ class RecordDataSource(seqio.DataSource):
         return True
 
     def num_input_examples(self, split: str) -> int:
-        """Records of a split."""
-        return task_table.splits(self.spec, self.data_dir)[split]
+        """Records of a split; UserError for an unknown one."""
+        return len(self.open(split))
 
     def list_shards(self, split: str) -> Sequence[str]:
         """Names of the split's files."""
@@ -82,12 +78,13 @@ class RecordDataSource(seqio.DataSource):
         shuffle: bool = True,
         seed: int | None = None,
         shard_info: seqio.ShardInfo | None = None,
-        **unused,
+        *,
+        num_epochs: int | None = 1,
     ) -> tf.data.Dataset:
-        """One epoch of records: key, image (encoded), height, width, caption, latents, index."""
+        """Records: key, image (encoded), height, width, caption, the task's latents, index."""
         source = self.open(split)
-        stream = make_stream(source, seed or 0, shuffle)
-        return _records(source, _indices(stream, 1, shard_info, 0))
+        stream = make_stream(source, _seed(seed), shuffle)
+        return _records(source, _indices(stream, num_epochs, shard_info, 0))
 
 
 class _Exact:
@@ -106,9 +103,14 @@ class _Exact:
         shard_info: seqio.ShardInfo | None,
         num_epochs: int | None,
         start: int,
+        trim: bool,
     ) -> tf.data.Dataset:
         """Features caption, latents, image and key_hash, and the key and index beside them."""
         lengths = dict(sequence_length or {})
+
+        def longest(name: str) -> int:
+            return _UNBOUNDED if lengths.get(name) is None or not trim else lengths[name]
+
         if lengths.get("image") not in (None, self.spec.size):
             raise UserError(
                 f"{self.spec.name}: sequence_length names pictures of {lengths['image']} pixels, "
@@ -118,12 +120,12 @@ class _Exact:
         encode = Encoder(
             self.vocabulary,
             self.spec.latents,
-            lengths.get("caption") or _UNBOUNDED,
-            lengths.get("latents") or _UNBOUNDED,
+            longest("caption"),
+            longest("latents"),
             self.spec.size,
         )
-        stream = make_stream(source, seed or 0, shuffle)
-        reader = Reader(source, encode, stream, max_bad_fraction=0.02)
+        stream = make_stream(source, _seed(seed), shuffle)
+        reader = Reader(source, encode, stream, in_order=not shuffle)
         records = _records(source, _indices(stream, num_epochs, shard_info, start))
         return _encoded(source, reader, records)
 
@@ -159,9 +161,21 @@ class ExactTask(_Exact, seqio.Task):
         Args:
           seed: None is 0: there is no hidden randomness.
           start: leaves out this many examples (of this shard), at no cost.
+          trim_output_features: False leaves captions and latents as long as they are.
+
+        Raises:
+          UserError: no such records or split, another size of pictures than theirs, arguments out
+            of range.
         """
         ds = self.exact_dataset(
-            sequence_length, split, shuffle, seed, shard_info, num_epochs, start
+            sequence_length,
+            split,
+            shuffle,
+            seed,
+            shard_info,
+            num_epochs,
+            start,
+            trim_output_features,
         )
         ds = self._validate_preprocessing(ds)
         if trim_output_features:
@@ -204,7 +218,14 @@ class ExactMixture(_Exact, seqio.Mixture):
         With `num_epochs` it ends where the first of its tasks has been seen that often.
         """
         ds = self.exact_dataset(
-            sequence_length, split, shuffle, seed, shard_info, num_epochs, start
+            sequence_length,
+            split,
+            shuffle,
+            seed,
+            shard_info,
+            num_epochs,
+            start,
+            trim_output_features,
         )
         keep = {*self.output_features, *(passthrough_features or ())}
         ds = ds.map(lambda example: {k: v for k, v in example.items() if k in keep})
@@ -244,7 +265,7 @@ def register(vocabulary: Vocabulary | None = None, data_dir: str = "") -> None:
         shipped one with 8,192 vokens.
       data_dir: the data folder; "" for TFDS's.
     """
-    vocabulary = vocabulary or Vocabulary.default(NUM_VOKENS)
+    vocabulary = vocabulary or Vocabulary.default(task_table.NUM_VOKENS)
     for spec in task_table.TASKS.values():
         seqio.TaskRegistry.remove(spec.name)
         seqio.TaskRegistry.add_provider(spec.name, ExactTask(spec, vocabulary, data_dir))
@@ -277,7 +298,11 @@ def batches(
       start: the step to begin with; any costs the same.
       host_index, host_count: hosts take turns at the examples of one order.
       lengths: of the features, default `feature_lengths`.
+
+    Raises:
+      UserError: as `get_dataset`; hosts that cannot share the batch evenly.
     """
+    check_hosts(batch_size, host_index, host_count)
     lengths = dict(lengths or feature_lengths(name))
     rows = batch_size // host_count
     ds = seqio.get_mixture_or_task(name).get_dataset(
@@ -293,11 +318,24 @@ def batches(
     return feature_converter.iterate(ds, rows)
 
 
+def _seed(seed: int | None) -> int:
+    try:
+        return 0 if seed is None else operator.index(seed)
+    except TypeError as error:
+        raise UserError(f"seed is {seed!r}; it must be a whole number or None") from error
+
+
 def _indices(
     stream: Stream, num_epochs: int | None, shard: seqio.ShardInfo | None, start: int
 ) -> tf.data.Dataset:
-    """Numbers in the source, int64, in the stream's order."""
+    """Numbers in the source, int64, in the stream's order. Raises UserError."""
     shard = shard or seqio.ShardInfo(0, 1)
+    if not 0 <= shard.index < shard.num_shards:
+        raise UserError(f"shard {shard.index} of {shard.num_shards}: it must be one from 0 on")
+    if start < 0:
+        raise UserError(f"start is {start}; it must not be negative")
+    if num_epochs is not None and num_epochs < 1:
+        raise UserError(f"num_epochs is {num_epochs}; it must be 1 or more, or None for no end")
     stop = _ENDLESS if num_epochs is None else stream.length(num_epochs)
     positions = tf.data.Dataset.range(
         shard.index + start * shard.num_shards, stop, shard.num_shards
@@ -312,6 +350,12 @@ def _indices(
 
 def _records(source: Source, indices: tf.data.Dataset) -> tf.data.Dataset:
     """Records by number, parsed by TensorFlow; of one that cannot be used, index and blanks."""
+    strings = ("image", *_texts(source))
+    # Only what is needed: what else a record holds may be broken.
+    fields = {
+        **{name: tf.io.FixedLenFeature([], tf.string, "") for name in strings},
+        **{name: tf.io.FixedLenFeature([], tf.int64, 0) for name in ("height", "width")},
+    }
 
     def read(index: np.ndarray) -> bytes:
         records, number = _part(source, int(index))
@@ -324,29 +368,30 @@ def _records(source: Source, indices: tf.data.Dataset) -> tf.data.Dataset:
 
     def load(index: tf.Tensor) -> dict[str, tf.Tensor]:
         raw = tf.ensure_shape(python_call(read, [index], tf.string), [])
-        return {"index": index, **tf.io.parse_single_example(raw, _FIELDS)}
+        return {"index": index, **tf.io.parse_single_example(raw, fields)}
 
     return indices.map(load, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
 
 def _encoded(source: Source, reader: Reader, records: tf.data.Dataset) -> tf.data.Dataset:
     """Records to features, their pictures decoded."""
+    names = _texts(source)
 
     def encode(index, image, height, width, *texts):
         records, _ = _part(source, int(index))
-        values = {n: t.decode("utf-8") for n, t in zip(_TEXTS, texts, strict=True)}
+        values = dict(zip(names, texts, strict=True))
 
         def example() -> Example:
             if not image:
                 return source[int(index)]  # says what is wrong with it
             return records.decode(
                 {
-                    "key": values["key"],
+                    "key": values["key"].decode("utf-8"),
                     "image": image,
                     "height": int(height),
                     "width": int(width),
-                    "caption": values["caption"],
-                    "latents": {name: values[name] for name in records.latents},
+                    "caption": values["caption"].decode("utf-8"),
+                    "latents": {name: values[name].decode("utf-8") for name in records.latents},
                 }
             )
 
@@ -360,7 +405,7 @@ def _encoded(source: Source, reader: Reader, records: tf.data.Dataset) -> tf.dat
         )
 
     def convert(record: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        inputs = [record[name] for name in ("index", "image", "height", "width", *_TEXTS)]
+        inputs = [record[name] for name in ("index", "image", "height", "width", *names)]
         kinds = (tf.int32, tf.int32, tf.uint8, tf.int64, tf.string)
         caption, latents, image, hashed, key = python_call(encode, inputs, kinds)
         side = reader.encode.image_size
@@ -374,6 +419,12 @@ def _encoded(source: Source, reader: Reader, records: tf.data.Dataset) -> tf.dat
         }
 
     return records.map(convert, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def _texts(source: Source) -> tuple[str, ...]:
+    """The fields of text that a source's examples need."""
+    parts = source.sources if isinstance(source, Mixture) else (source,)
+    return ("key", "caption", *(n for n in LATENT_NAMES if any(n in p.latents for p in parts)))
 
 
 def _part(source: Source, index: int) -> tuple[RecordSource, int]:
