@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -18,6 +19,8 @@ from kaleido_jax.interop import exports, imports
 from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
 from tests import foreign
 from tests.test_generate import PROMPT, _bundle, _config, _nested_config
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 @functools.cache
@@ -181,3 +184,18 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot write .* No space left"):
         bundle.save(tmp_path / "out", model(), tick=stop)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_loader_of_the_docs_draws_the_same(tmp_path):
+    """The code block of docs/weights.md, run as it stands, beside the pipeline."""
+    text = (ROOT / "docs" / "weights.md").read_text("utf-8")
+    blocks = [b.partition("```")[0] for b in text.split("```python\n")[1:]]
+    (code,) = [block for block in blocks if "stablehlo.json" in block]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 22
+    a_bundle = bundle.load(ROOT / "kaleido_jax" / "assets" / "shapes_kaleido")
+    folder = stablehlo.save_stablehlo(tmp_path / "out", a_bundle, settings={"num_steps": 2})
+    names = {}
+    exec(code.replace('pathlib.Path("exported")', f"pathlib.Path({str(folder)!r})"), names)
+    images = names["draw"](PROMPT, 2, seed=3)
+    out = pipeline(a_bundle)(PROMPT, num_images=2, seed=3, num_steps=2)
+    assert np.abs(images.astype(int) - out.images).max() <= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from kaleido_jax.errors import UserError
 from kaleido_jax.generate import Pipeline
 from kaleido_jax.interop import imports, mdm, mdm_settings, t5, t5x
 from kaleido_jax.tokens import Vocabulary
-from tests import foreign
+from tests import foreign, memory_weights
 from tests.foreign import T5_SMALL
 
 
@@ -247,3 +248,17 @@ def test_misuse_is_one_line(words, expected, capsys, tmp_path, monkeypatch):
     assert cli.main(words.split()) == 2
     line = capsys.readouterr().err
     assert expected in line and line.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """T5s as wide as XL: twice the layers, the same peak. docs/weights.md has all 24."""
+    peaks = []
+    for layers in (1, 2):
+        memory_weights.write_t5(tmp_path / str(layers) / "hf", layers)
+        figures = memory_weights.measure("import", tmp_path / str(layers))
+        assert figures["result"] > 1.2  # GiB
+        peaks.append(figures["own_peak_beyond_start"])
+        shutil.rmtree(tmp_path / str(layers))
+    assert max(peaks) < 1.5
+    assert peaks[1] - peaks[0] < 0.15
