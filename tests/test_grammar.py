@@ -91,9 +91,9 @@ def test_every_latent_parses_whatever_the_length(names, kind):
 @pytest.mark.parametrize("names", KINDS, ids="+".join)
 def test_t5_pieces_too(names):
     vocabulary, laid = tables(names, "t5")
-    lengths = (laid.shortest, laid.shortest + 4, 96)
+    lengths = (laid.shortest, laid.shortest + 4, 64)
     for kind in ("flat", "structure"):
-        check(vocabulary, names, draw(vocabulary, laid, lengths, liking(vocabulary, kind), 60))
+        check(vocabulary, names, draw(vocabulary, laid, lengths, liking(vocabulary, kind), 21))
 
 
 @t5_pieces.needs_table
