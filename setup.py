@@ -32,6 +32,7 @@ CORE = [
     "matplotlib>=3.9",
     "sentencepiece>=0.2,<0.2.3",  # 0.2.3 does not import beside apache-beam
     "safetensors>=0.5",
+    "flatbuffers>=24",  # jax.export writes programs with it and does not ask for it
     "pyyaml>=6",  # settings of ml-mdm
     "rich>=13",
 ]
