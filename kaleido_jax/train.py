@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +21,7 @@ from ml_collections import ConfigDict
 from kaleido_jax import bundle, checkpoint, mesh, optim, rng, runlog, warm_start
 from kaleido_jax import config as config_lib
 from kaleido_jax.data import Loader, make_source
+from kaleido_jax.data.reader import MAX_BAD_FRACTION
 from kaleido_jax.errors import UserError
 from kaleido_jax.losses import LossConfig, joint_loss
 from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
@@ -214,8 +216,13 @@ def train(
     if start >= config.train.num_steps:
         say(f"nothing to do: step {start} of {config.train.num_steps} is done")
         return state
-    with runlog.RunLog(workdir, start, config.train, say) as log:
-        state = _loop(trainer, state, start, loader, checkpoints, log, sample_hook, vocabulary)
+    with (
+        runlog.RunLog(workdir, start, config.train, say) as log,
+        contextlib.closing(loader.batches(start)) as batches,
+    ):
+        state = _loop(
+            trainer, state, start, loader, batches, checkpoints, log, sample_hook, vocabulary
+        )
     return state
 
 
@@ -232,13 +239,13 @@ def _loop(
     state: TrainState,
     start: int,
     loader: Loader,
+    batches: Iterator[Batch],
     checkpoints: checkpoint.Checkpoints,
     log: runlog.RunLog,
     sample_hook: SampleHook | None,
     vocabulary: Vocabulary,
 ) -> TrainState:
     config, t = trainer.config, trainer.config.train
-    batches = loader.batches(start)
     for step in range(start, t.num_steps):
         state, metrics = trainer.step(state, trainer.put(next(batches)))
         done = step + 1
@@ -282,8 +289,9 @@ def make_loader(config: ConfigDict, vocabulary: Vocabulary) -> Loader:
                 f"config key 'model.{part}.vocab_size' is {have}; this vocabulary needs {needed}"
             )
     d = config.data
+    source = make_source(d.source, d.image_size, tuple(config.latents))
     return Loader(
-        make_source(d.source, d.image_size, tuple(config.latents)),
+        source,
         vocabulary,
         latents=tuple(config.latents),
         caption_length=d.caption_length,
@@ -293,4 +301,6 @@ def make_loader(config: ConfigDict, vocabulary: Vocabulary) -> Loader:
         seed=config.seed,
         host_index=jax.process_index(),
         host_count=jax.process_count(),
+        # A source that bears missing files must be readable without them.
+        max_bad_fraction=d.source.get("max_bad_fraction", MAX_BAD_FRACTION),
     )

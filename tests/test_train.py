@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import flax.traverse_util as traverse
 import jax
@@ -15,6 +16,7 @@ from kaleido_jax import bundle, checkpoint, config, losses, train
 from kaleido_jax.data import ToySource
 from kaleido_jax.errors import UserError
 from kaleido_jax.models.kaleido import Kaleido
+from tests.records import jpeg, record, write_folder
 from tests.tiny import tiny_config
 
 
@@ -243,8 +245,11 @@ def test_a_killed_run_goes_on_from_the_last_whole_step(tmp_path):
         if line.startswith("step 3"):
             raise Killed
 
-    with pytest.raises(Killed):
+    with pytest.raises(Killed) as killed:
         train.train(cfg, tmp_path / "run", say=kill_at_three)
+    # Nor do threads go on reading, even while the error and with it the loop's frame lives.
+    assert killed.value.__traceback__ is not None
+    assert not [t for t in threading.enumerate() if t.name.startswith("kaleido-loader")]
     again = train.train(cfg, tmp_path / "run", say=lambda _: None)
     straight = train.train(cfg, tmp_path / "straight", say=lambda _: None)
     for name, value in leaves(straight.params).items():
@@ -267,6 +272,26 @@ def test_a_changed_config_and_changed_data_are_refused_and_the_difference_shown(
     monkeypatch.setattr(ToySource, "__len__", lambda source: 999)
     with pytest.raises(UserError, match=r"examples was .* now it is 999; use a new workdir"):
         train.train(quick_config("train.num_steps=2"), tmp_path, say=lambda _: None)
+
+
+def test_a_source_that_bears_missing_files_is_read_without_them(tmp_path):
+    image = jpeg(np.full((64, 64, 3), 90, np.uint8))
+    made = [record(f"k{i}", image, 64) for i in range(60)]
+    folder = write_folder(tmp_path / "records", made, shards=5, file_format="tfrecord")
+    (folder / "tiny-train.tfrecord-00000-of-00005").unlink()
+
+    def loader(share):
+        cfg = tiny_config()
+        with cfg.unlocked():
+            cfg.data.source = {"name": "records", "path": str(folder), "max_bad_fraction": share}
+        return train.make_loader(cfg, bundle.make_vocabulary(cfg))
+
+    lossy = loader(0.25)
+    for step in range(8):
+        lossy.batch(step)
+    assert len(lossy.bad) == 12
+    with pytest.raises(UserError, match="12 of 60 records are lost"):
+        loader(0.1)
 
 
 def test_a_batch_that_the_mesh_cannot_share_is_refused():
