@@ -226,11 +226,9 @@ class Vocabulary:
         found = self._known.get(character)
         if found is None:
             same = unicodedata.normalize("NFKC", character) == character
-            # Without a piece of its own it may still be spelled in bytes.
-            found = same and (
-                self._processor.piece_to_id(character) not in self._reserved
-                or UNK not in self.encode_text(f"{character} {character}{character}")
-            )
+            # Read back: SentencePiece's own mark U+2581 is a piece too, but it means a space.
+            probe = f"{character} {character}{character}"
+            found = same and self.decode(self.encode_text(probe)) == probe
             self._known[character] = found
         return found
 

@@ -184,6 +184,16 @@ def test_no_latent_holds_an_unknown_token(words, seed):
                 assert [s.ellipses for s in parsed] == [s.ellipses for s in blob.parse(value)]
 
 
+def test_the_mark_that_stands_for_a_space_is_left_out():
+    """SentencePiece writes spaces as U+2581: read back, ' \u2581:' would be no caption any more."""
+    value = "\u2581a (1, 2, 3, 4) \u2581: b (5, 6, 7, 8)"
+    for vocabulary in vocabularies():
+        ids = vocabulary.encode_latents({"bbox": value}, ("bbox",), 100)
+        back = vocabulary.decode_latents(ids, ("bbox",))["bbox"]
+        assert back == "a (1, 2, 3, 4): b (5, 6, 7, 8)"
+        bbox.parse(back)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "spelled"),
     [
