@@ -41,8 +41,8 @@ GROUPS = {
     },
     4: {
         "command line": (
-            "cli cli_arguments cli_annotate cli_bench cli_build cli_doctor cli_edit cli_tasks cli_train"
-            " cli_weights"
+            "cli cli_arguments cli_annotate cli_bench cli_build cli_doctor cli_edit cli_tasks "
+            "cli_train cli_weights"
         ),
         "page": "ui",
         "demo": "demo",
