@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import resource
 import subprocess
 import sys
 import threading
 import time
+
+from tests.portable import resident_peak
 
 SHARD_BYTES = 2 << 30
 
@@ -45,11 +46,10 @@ class Peak:
         """GiB: peak of own memory, the same beyond the start, peak with mapped files."""
         self._stop.set()
         self._thread.join()
-        whole = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         figures = {
             "own_peak": self.anonymous,
             "own_peak_beyond_start": self.anonymous - self.before,
-            "resident_peak": whole,
+            "resident_peak": resident_peak(),
         }
         return {name: round(value / 2**30, 3) for name, value in figures.items()}
 
