@@ -208,7 +208,7 @@ def test_misuse_is_told():
         make_source({"name": "shapes"}, image_size=16)
     with pytest.raises(UserError, match="did you mean 'seed'"):
         make_source({"name": "shapes", "sead": 1})
-    with pytest.raises(UserError, match="one of shapes, toy, webdataset"):
+    with pytest.raises(UserError, match="one of records, shapes, task, toy, webdataset"):
         make_source({"name": "cifar"})
     with pytest.raises(UserError, match="no latent 'depth'"):
         make_source({"name": "shapes"}, latents=("depth",))

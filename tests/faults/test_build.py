@@ -259,6 +259,7 @@ def test_a_shard_with_a_link_is_refused(tmp_path):
 
 # ---- killed -----------------------------------------------------------------------------------
 
+SHARDS = 8
 CODE = "import sys; from kaleido_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
 
 
@@ -269,36 +270,39 @@ def command(root, out) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Shards with sidecars, what an undisturbed build makes of them, and how long it works."""
+    """Shards with sidecars, and what an undisturbed build makes of them."""
     root = tmp_path_factory.mktemp("whole")
-    builds.write_shards(root / "shards", 8, 24)
-    builds.annotate_shards(root / "latents", 8, 24)
+    builds.write_shards(root / "shards", SHARDS, 24)
+    builds.annotate_shards(root / "latents", SHARDS, 24)
     out = root / "out"
-    process, began = start(root, out)
-    assert process.wait() == 0
-    return root, builds.tree(out), time.monotonic() - began
+    subprocess.run(command(root, out), check=True, stdout=subprocess.DEVNULL)
+    return root, builds.tree(out)
 
 
-def start(root, out) -> tuple[subprocess.Popen, float]:
-    """A build, and the moment at which it takes the folder; TensorFlow's import is over then."""
-    lock = out / "mine" / "192" / ".lock"
-    before = lock.stat().st_mtime_ns if lock.exists() else 0
-    process = subprocess.Popen(command(root, out), stdout=subprocess.DEVNULL)
-    while process.poll() is None and not (lock.exists() and lock.stat().st_mtime_ns > before):
-        time.sleep(0.01)
-    return process, time.monotonic()
+def kill_at(process: subprocess.Popen, out, number: int, delay: float) -> bool:
+    """Kills a build a moment after `number` shards are done; False if it ended before."""
+    limit = time.monotonic() + 120
+    while len(list(out.glob("mine/192/.building*/*.array_record"))) < number:
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < limit, "the build does not get on"
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.kill()
+    return process.wait() == -signal.SIGKILL
 
 
 def kill_and_rerun(whole, out, seed: int, kills: int) -> None:
     """Kills a build `kills` times at random moments, each time going on where it was left."""
-    root, want, duration = whole
+    root, want = whole
     chance = random.Random(seed)
     killed = 0
-    for _ in range(kills):
-        process, _ = start(root, out)
-        time.sleep(chance.uniform(0, duration))
-        process.kill()
-        killed += process.wait() == -signal.SIGKILL
+    for part in range(kills):
+        # Later and later; never so late that nothing is left to do.
+        span = (SHARDS - 2) / kills
+        number = int(span * part + chance.uniform(0, span))
+        process = subprocess.Popen(command(root, out), stdout=subprocess.DEVNULL)
+        killed += kill_at(process, out, number, chance.uniform(0, 0.05))
         # Whatever was left: the version is not there, or it is whole.
         folder = out / "mine" / "192" / "1.0.0"
         assert not folder.exists() or builds.tree(folder) == builds.tree(
