@@ -65,6 +65,7 @@ def test_the_command_line_samples(workdir, tmp_path, capsys):
     assert "steps" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_the_ratio_of_two_resolutions_reaches_the_picture(tmp_path):
     cfg = tiny_config("train.num_steps=1", "train.checkpoint_every=1", nested=True)
     train.train(cfg, tmp_path, say=lambda _: None)

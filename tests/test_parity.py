@@ -39,6 +39,8 @@ def test_own_reference(path):
         pytest.skip("nothing of the project computes this format yet")
     holds, line = parity.report(path)
     assert holds, line
+    # Only the innermost prediction of the one file whose innermost features are 1x1 pixels.
+    assert line.count("UNDETERMINED") <= (path.name == "mdm_nested2.npz")
 
 
 @pytest.mark.skipif(not OTHERS.is_dir(), reason="no collection of reference files at hand")
@@ -95,16 +97,12 @@ def nested2(tmp_path):
         return dict(archive), tmp_path / "mdm_nested2.npz"
 
 
-def test_only_what_float32_leaves_open_is_undetermined():
-    path = OWN / "mdm_nested2.npz"
-    outputs = parity.compute(path)
-    apart = parity.undetermined(path, outputs, 2e-4)
-    assert "pred_2" in apart
-    assert "pred_0" not in apart
+def test_float32_determines_a_network_with_larger_features():
     path = OWN / "mdm_nested.npz"
     assert parity.undetermined(path, parity.compute(path), 2e-4) == {}
 
 
+@pytest.mark.slow
 def test_wrong_networks_are_not_called_undetermined(tmp_path):
     file, path = nested2(tmp_path)
     file["input/times"] = file["input/times"] + 1
