@@ -11,6 +11,7 @@ import pytest
 
 from tests import parity
 
+ROUNDING = "(float32 rounding alone"
 OWN = pathlib.Path(__file__).parent / "reference"
 # The whole collection, where it is at hand; what it shares with ours is not run twice.
 OTHERS = pathlib.Path(os.environ.get("KALEIDO_REFERENCE", OWN.parents[2] / "shared" / "reference"))
@@ -38,9 +39,11 @@ def test_own_reference(path):
     if parity.format_of(path) in parity.UNCHECKED:
         pytest.skip("nothing of the project computes this format yet")
     holds, line = parity.report(path)
+    if path.name == "mdm_nested2.npz" and ROUNDING in line:
+        # Its innermost features are 1x1 pixels: pred_2 misses the tolerance, and only pred_2.
+        assert line.count(" FAILED") == 2 and f"FAILED {ROUNDING}" in line.split("pred_2")[1]
+        pytest.xfail(line)
     assert holds, line
-    # Only the innermost prediction of the one file whose innermost features are 1x1 pixels.
-    assert line.count("UNDETERMINED") <= (path.name == "mdm_nested2.npz")
 
 
 @pytest.mark.skipif(not OTHERS.is_dir(), reason="no collection of reference files at hand")
@@ -103,13 +106,14 @@ def test_float32_determines_a_network_with_larger_features():
 
 
 @pytest.mark.slow
-def test_wrong_networks_are_not_called_undetermined(tmp_path):
+def test_wrong_networks_are_not_laid_to_rounding(tmp_path):
     file, path = nested2(tmp_path)
     file["input/times"] = file["input/times"] + 1
     np.savez(path, **file)
     holds, line = parity.report(path)
     assert not holds
     assert line.count(" FAILED") == 4  # the file and all three predictions
+    assert ROUNDING not in line
 
 
 def test_a_folder_without_references_is_misuse(tmp_path, capsys):
