@@ -19,7 +19,9 @@ MAX_LINES = 450
 # Names are matched by their first parts, so `latents` covers `latents.bbox`.
 GROUPS = {
     0: {
-        "vocabulary": "errors types rng schedule diffusion mesh config prompts latents sidecars",
+        "vocabulary": (
+            "config diffusion errors latents locks mesh prompts rng schedule sidecars types"
+        ),
     },
     1: {
         "tokens": "tokens",

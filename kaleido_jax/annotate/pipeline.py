@@ -7,7 +7,6 @@ A shard whose sidecar is whole and made by the same engine from the same input i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import logging
 import sys
@@ -18,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import kaleido_jax
-from kaleido_jax import sidecars
+from kaleido_jax import locks, sidecars
 from kaleido_jax.annotate import inputs, progress
 from kaleido_jax.annotate.engines import make_engine
 from kaleido_jax.annotate.inputs import Shard
@@ -239,16 +238,7 @@ def _sole(folder: Folder) -> Iterator[None]:
         yield
         return
     path = Path(folder.place)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = open(path / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another `kaleido annotate` is writing to {path}") from error
+    with locks.sole_writer(path, "kaleido annotate"):
         for leftover in [*path.glob(".*.tmp"), *path.glob("*/.*.tmp")]:
             leftover.unlink(missing_ok=True)
         yield

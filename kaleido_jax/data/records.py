@@ -13,7 +13,6 @@ folder of the version appears at once and whole. The same input gives the same b
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import io
 import json
@@ -28,6 +27,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import dataset_builder
 
+from kaleido_jax import locks
 from kaleido_jax.data import build_manifest, build_settings, build_unit
 from kaleido_jax.data.build_inputs import Unit, find_units
 from kaleido_jax.data.build_manifest import MANIFEST
@@ -67,7 +67,7 @@ def build(settings: Build, watch: Watch = unwatched) -> dict[str, Any]:
     ]
     config_hash = build_settings.config_hash(settings, units)
     parent = settings.folder.parent
-    with _sole(parent):
+    with locks.sole_writer(parent, "kaleido build"):
         if settings.folder.exists():
             return _read_manifest(settings.folder, config_hash)
         staging = parent / f".building-{settings.version}-{config_hash[:8]}"
@@ -241,22 +241,6 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 # ---- the folder -------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _sole(folder: Path) -> Iterator[None]:
-    """Keeps a second build out of the folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another `kaleido build` is writing to {folder}") from error
-        yield
 
 
 @contextlib.contextmanager
