@@ -20,7 +20,7 @@ MAX_LINES = 450
 GROUPS = {
     0: {
         "vocabulary": (
-            "config diffusion errors latents locks mesh prompts rng schedule sidecars types"
+            "config diffusion errors flops latents locks mesh prompts rng schedule sidecars types"
         ),
     },
     1: {
