@@ -133,11 +133,10 @@ def train(args: argparse.Namespace) -> None:
         return
     if args.workdir is None:
         raise UserError("train: --workdir DIR is needed (or --dry-run)")
-    from kaleido_jax import cli_train
-    from kaleido_jax import train as training
+    from kaleido_jax import cli_train, training_loop
 
     hook = cli_train.sample_hook(config) if config.train.sample_every else None
-    training.train(config, args.workdir, sample_hook=hook)
+    training_loop.train(config, args.workdir, sample_hook=hook)
 
 
 def sample(args: argparse.Namespace) -> None:

@@ -162,11 +162,11 @@ def test_dry_run_refuses_a_batch_that_the_devices_cannot_share(capsys):
 
 
 def test_train_passes_config_workdir_and_hook(monkeypatch, tmp_path):
-    from kaleido_jax import train
+    from kaleido_jax import training_loop
 
     calls = []
     monkeypatch.setattr(
-        train, "train", lambda config, workdir, sample_hook: calls.append(
+        training_loop, "train", lambda config, workdir, sample_hook: calls.append(
             (config.seed, workdir, sample_hook is None)
         )
     )  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kaleido_jax import bundle, cli, cli_train, train
+from kaleido_jax import bundle, cli, cli_train, training_loop
 from kaleido_jax.generate import Pipeline, write_outputs
 from kaleido_jax.latents import LatentDocument
 from kaleido_jax.latents.document import read_png
@@ -22,7 +22,7 @@ PROMPT = "dawn: a red shape and a blue shape"
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     cfg = tiny_config("train.num_steps=2", "train.sample_every=2", "train.num_samples=2")
-    train.train(cfg, folder, cli_train.sample_hook(cfg), say=lambda _: None)
+    training_loop.train(cfg, folder, cli_train.sample_hook(cfg), say=lambda _: None)
     return folder
 
 
@@ -68,6 +68,6 @@ def test_the_command_line_samples(workdir, tmp_path, capsys):
 @pytest.mark.slow
 def test_the_ratio_of_two_resolutions_reaches_the_picture(tmp_path):
     cfg = tiny_config("train.num_steps=1", "train.checkpoint_every=1", nested=True)
-    train.train(cfg, tmp_path, say=lambda _: None)
+    training_loop.train(cfg, tmp_path, say=lambda _: None)
     out = Pipeline.from_pretrained(tmp_path)(PROMPT, num_images=1, guidance_weight=1.0)
     assert out.images.shape == (1, 32, 32, 3)

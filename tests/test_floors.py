@@ -31,7 +31,7 @@ GROUPS = {
         "storage": "checkpoint bundle tensor_files model_card hub",
     },
     2: {
-        "training": "losses optim runlog warm_start train",
+        "training": "losses optim runlog warm_start train training_loop",
         "generation": (
             "batches decode diverse edit_methods editing generate grammar guidance outputs"
             " resampling runner samplers settings stablehlo stages thresholds written"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import threading
-
 import flax.traverse_util as traverse
 import jax
 import jax.numpy as jnp
@@ -12,8 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from kaleido_jax import bundle, checkpoint, config, losses, train
-from kaleido_jax.data import ToySource
+from kaleido_jax import bundle, config, losses, train
 from kaleido_jax.errors import UserError
 from kaleido_jax.models.kaleido import Kaleido
 from tests.records import jpeg, record, write_folder
@@ -216,64 +212,6 @@ def test_activations_are_sharded_inside_the_step():
     assert sum('"tensor"' in line for line in lines) >= 5
 
 
-def test_going_on_is_equal_to_the_bit_and_keeps_one_line_a_step(tmp_path):
-    cfg = quick_config()
-    whole = train.train(cfg, tmp_path / "whole", say=lambda _: None)
-    train.train(quick_config("train.num_steps=2"), tmp_path / "parts", say=lambda _: None)
-    said = []
-    parts = train.train(cfg, tmp_path / "parts", say=said.append)
-    assert any("going on from step 2" in line for line in said)
-    for name, value in leaves(whole.params).items():
-        np.testing.assert_array_equal(value, leaves(parts.params)[name])
-    lines = {
-        run: [json.loads(x) for x in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-        for run in ("whole", "parts")
-    }
-    assert [x["step"] for x in lines["parts"]] == [1, 2, 3, 4]
-    for a, b in zip(lines["whole"], lines["parts"], strict=True):
-        a.pop("images_per_second"), b.pop("images_per_second")
-        assert a == b
-
-
-def test_a_killed_run_goes_on_from_the_last_whole_step(tmp_path):
-    cfg = quick_config("train.num_steps=3")
-
-    class Killed(Exception):
-        pass
-
-    def kill_at_three(line):
-        if line.startswith("step 3"):
-            raise Killed
-
-    with pytest.raises(Killed) as killed:
-        train.train(cfg, tmp_path / "run", say=kill_at_three)
-    # Nor do threads go on reading, even while the error and with it the loop's frame lives.
-    assert killed.value.__traceback__ is not None
-    assert not [t for t in threading.enumerate() if t.name.startswith("kaleido-loader")]
-    again = train.train(cfg, tmp_path / "run", say=lambda _: None)
-    straight = train.train(cfg, tmp_path / "straight", say=lambda _: None)
-    for name, value in leaves(straight.params).items():
-        np.testing.assert_array_equal(value, leaves(again.params)[name])
-    steps = [json.loads(x)["step"] for x in (tmp_path / "run/metrics.jsonl").open()]
-    assert steps == [1, 2, 3]
-
-
-def test_a_changed_config_and_changed_data_are_refused_and_the_difference_shown(
-    tmp_path, monkeypatch
-):
-    train.train(quick_config("train.num_steps=1"), tmp_path, say=lambda _: None)
-    changed = quick_config("train.num_steps=1", "optim.learning_rate=0.5")
-    with pytest.raises(UserError, match=r"optim\.learning_rate: 0\.002 -> 0\.5"):
-        train.train(changed, tmp_path, say=lambda _: None)
-    saved = checkpoint.Checkpoints(tmp_path).meta(1)["loader_position"]
-    assert saved["step"] == 1
-    assert len(json.dumps(saved)) < 1000
-    # The same config, but the data under it have become others.
-    monkeypatch.setattr(ToySource, "__len__", lambda source: 999)
-    with pytest.raises(UserError, match=r"examples was .* now it is 999; use a new workdir"):
-        train.train(quick_config("train.num_steps=2"), tmp_path, say=lambda _: None)
-
-
 def test_a_source_that_bears_missing_files_is_read_without_them(tmp_path):
     image = jpeg(np.full((64, 64, 3), 90, np.uint8))
     made = [record(f"k{i}", image, 64) for i in range(60)]
@@ -303,14 +241,6 @@ def test_a_decoder_too_small_for_its_vocabulary_is_refused():
     cfg = tiny_config("model.latent_decoder.vocab_size=256")
     with pytest.raises(UserError, match=r"model\.latent_decoder\.vocab_size"):
         train.make_loader(cfg, bundle.make_vocabulary(cfg))
-
-
-def test_both_losses_fall(tmp_path):
-    cfg = quick_config("train.num_steps=60", "train.log_every=20", "train.checkpoint_every=60")
-    train.train(cfg, tmp_path, say=lambda _: None)
-    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["loss_dm"] < 0.8 * lines[0]["loss_dm"]
-    assert lines[-1]["loss_ar"] < 0.8 * lines[0]["loss_ar"]
 
 
 def test_the_model_is_built_from_plain_config_values():

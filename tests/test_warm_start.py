@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from kaleido_jax import bundle, config, train, warm_start
+from kaleido_jax import bundle, config, train, training_loop, warm_start
 from kaleido_jax.errors import UserError
 from kaleido_jax.interop import imports
 from tests import foreign
@@ -57,7 +57,7 @@ def start(cfg):
         lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
         trainer.abstract_state(),
     )
-    state = train._start_from(zeros, cfg, said.append)
+    state = training_loop._start_from(zeros, cfg, said.append)
     merged = traverse.flatten_dict({**state.params, **state.frozen}, sep="/")
     found = {}
     for folder in cfg.init_from:
@@ -77,7 +77,7 @@ def test_what_fits_is_taken(weights):
 
 @pytest.mark.slow
 def test_training_goes_on_from_there(weights, tmp_path):
-    train.train(kaleido_config(weights), tmp_path, say=lambda line: None)
+    training_loop.train(kaleido_config(weights), tmp_path, say=lambda line: None)
     trained = traverse.flatten_dict(bundle.load(tmp_path).params, sep="/")
     found = bundle.read_tensors(weights / "t5") | bundle.read_tensors(weights / "mdm")
     assert trained.keys() == found.keys()

@@ -14,8 +14,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache as compiled
 from jaxtyping import UInt8
 
-from kaleido_jax import bundle, checkpoint, generate
-from kaleido_jax import train as training
+from kaleido_jax import bundle, checkpoint, generate, training_loop
 from kaleido_jax.demo import configs
 from kaleido_jax.demo.checks import Check
 from kaleido_jax.demo.shapes import BATCH, CAPTIONS
@@ -83,10 +82,10 @@ def run(
 
     # The second run is the same program: it need not be compiled again.
     with compilation_cache(folder / "compiled"):
-        first = training.train(config, whole, say=say)
+        first = training_loop.train(config, whole, say=say)
         interrupt(whole, resumed, stop)
         note(f"going on from the checkpoint of step {stop}", 0.7)
-        second = training.train(config, resumed, say=lambda line: None)
+        second = training_loop.train(config, resumed, say=lambda line: None)
     same = jax.tree.map(np.array_equal, jax.device_get(first), jax.device_get(second))
     note("sampling", 0.85)
     pipe = generate.Pipeline(bundle.load(resumed))

@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from jaxtyping import Float
 
-from kaleido_jax import generate
-from kaleido_jax import train as training
+from kaleido_jax import generate, training_loop
 from kaleido_jax.data import toy as data
 from kaleido_jax.demo import configs
 from kaleido_jax.demo.checks import Check
@@ -64,7 +63,7 @@ def run(
                 losses = "  ".join(line.split("  ")[:3])
                 note(f"{model}: {losses}", (number + 0.8 * step / total) / len(MODELS))
 
-        training.train(config, folder / model, say=say)
+        training_loop.train(config, folder / model, say=say)
         pipe = generate.Pipeline.from_pretrained(folder / model)
         samples[model] = sample(pipe, QUICK_SAMPLES if quick else SAMPLES, seed)
         note(f"{model}: sampled", (number + 1) / len(MODELS))
