@@ -51,6 +51,7 @@ def unet(**changes) -> dict:
             micro_conditioning=(),
             dtype="bfloat16",
             remat_policy="none",
+            attention="auto",  # ours: flash attention where cuDNN has it; or 'xla', 'cudnn'
         )
         | changes
     )

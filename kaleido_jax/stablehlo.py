@@ -112,7 +112,7 @@ class _Programs:
 
     @property
     def model(self) -> Kaleido:
-        return Kaleido(KaleidoConfig.from_config(self.config))
+        return Kaleido(KaleidoConfig.from_config(self.config).portable())
 
     @property
     def latent_length(self) -> int:

@@ -361,6 +361,7 @@ def test_from_dict_reads_nested_groups_and_names_the_nearest_key():
         (dict(num_groups_norm=3), "num_groups_norm"),
         (dict(temporal_dim=12), "temporal_dim"),
         (dict(remat_policy="some"), "remat_policy"),
+        (dict(attention="fast"), "attention is 'fast'; one of auto, xla, cudnn"),
         (dict(conditioning_feature_dim=0), "conditioning_feature_dim"),
     ],
 )
@@ -396,3 +397,44 @@ def test_mlp_denoises_points():
         assert np.abs(apply({"params": params}, *other)[0] - out).max() > 1e-4
     with pytest.raises(UserError, match="micro-condition"):
         apply({"params": params}, images, time, states, mask, {"scale": time})
+
+
+def test_flash_attention_is_taken_where_it_is_to_be_had_only():
+    choose = layers.attention_implementation
+    assert choose("auto", jnp.bfloat16, 64, "gpu") == "cudnn"
+    for dtype, width, backend in [("float32", 64, "gpu"), ("bfloat16", 60, "gpu"),
+                                  ("bfloat16", 256, "gpu"), ("bfloat16", 64, "cpu"),
+                                  ("bfloat16", 64, "tpu")]:  # fmt: skip
+        assert choose("auto", dtype, width, backend) == "xla"
+        with pytest.raises(UserError, match=f"'cudnn' needs a GPU.* here are {backend}"):
+            choose("cudnn", dtype, width, backend)
+    assert choose("xla", jnp.bfloat16, 64, "gpu") == "xla"
+
+
+def test_even_lengths_leave_attention_as_it_is():
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.array(rng.normal(size=(2, n, 2, 8)), "float32") for n in (5, 7, 7))
+    mask = jnp.array(rng.random((2, 7)) < 0.6)
+    plain = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None, :])
+    arrays, allowed = layers.even_lengths((query, key, value), mask[:, None, None, :])
+    assert [x.shape[1] for x in arrays] == [6, 8, 8] and allowed.shape == (2, 1, 6, 8)
+    padded = jax.nn.dot_product_attention(*arrays, mask=allowed)[:, :5]
+    np.testing.assert_allclose(plain, padded, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_flash_attention_agrees_with_the_plain_one():
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.array(rng.normal(size=(2, n, 128)), "bfloat16") for n in (65, 77, 77))
+    mask = jnp.array(rng.random((2, 77)) < 0.5).at[1].set(False)
+
+    def both(how):
+        total = lambda *x: layers.attend(*x, 2, mask, how).astype("float32").sum()  # noqa: E731
+        return layers.attend(query, key, value, 2, mask, how), *jax.grad(total, (0, 1, 2))(
+            query, key, value
+        )
+
+    for plain, flash in zip(both("xla"), both("cudnn"), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(plain, "float32"), np.asarray(flash, "float32"), atol=0.03
+        )

@@ -82,6 +82,17 @@ class KaleidoConfig:
             )
         return cls(encoder, decoder, backbone, denoiser, model.freeze_encoder)
 
+    def portable(self) -> KaleidoConfig:
+        """The same model without attention that only one platform has: for exported programs."""
+
+        def plain(network: Any) -> Any:
+            changes = {"attention": "xla"} if hasattr(network, "attention") else {}
+            if hasattr(network, "inner"):
+                changes["inner"] = plain(network.inner)
+            return dataclasses.replace(network, **changes)
+
+        return dataclasses.replace(self, denoiser=plain(self.denoiser))
+
 
 class Kaleido(nn.Module):
     """The joint model; call its methods through `apply(..., method=...)`."""

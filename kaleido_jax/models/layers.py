@@ -22,6 +22,7 @@ from kaleido_jax.errors import UserError
 
 NORM_EPSILON = 1e-5  # PyTorch's default, which the released weights were trained with
 REMAT_POLICIES = ("none", "minimal", "full")
+ATTENTIONS = ("auto", "xla", "cudnn")
 
 T = TypeVar("T")
 Features = Float[Array, "b h w c"]
@@ -152,19 +153,59 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def attend(
-    query: Tokens, key: Tokens, value: Tokens, heads: int, mask: Mask | None = None
+    query: Tokens,
+    key: Tokens,
+    value: Tokens,
+    heads: int,
+    mask: Mask | None = None,
+    implementation: str = "auto",
 ) -> Tokens:
     """Multi-head scaled dot-product attention on [B, length, heads * width].
 
     Where `mask` leaves a query no key at all the result is 0, not NaN.
+
+    Args:
+      implementation: 'xla'; 'cudnn', flash attention on NVIDIA GPUs; 'auto', the latter where
+        it is to be had: on a GPU, in bfloat16 or float16, with heads that cuDNN takes.
+
+    Raises:
+      UserError: 'cudnn' where it is not to be had.
     """
     split = lambda x: x.reshape(*x.shape[:2], heads, -1)  # noqa: E731
+    arrays = split(query), split(key), split(value)
     allowed = None if mask is None else mask[:, None, None, :]
-    out = jax.nn.dot_product_attention(split(query), split(key), split(value), mask=allowed)
-    out = out.reshape(query.shape)
+    width = arrays[0].shape[-1]
+    chosen = attention_implementation(implementation, query.dtype, width, jax.default_backend())
+    if chosen == "cudnn" and mask is not None:
+        arrays, allowed = even_lengths(arrays, allowed)
+    out = jax.nn.dot_product_attention(*arrays, mask=allowed, implementation=chosen)
+    out = out[:, : query.shape[1]].reshape(query.shape)
     if mask is None:
         return out
     return jnp.where(mask.any(axis=-1)[:, None, None], out, 0)
+
+
+def attention_implementation(requested: str, dtype: Any, head_width: int, backend: str) -> str:
+    """'xla' or 'cudnn' for `requested` of ATTENTIONS on a backend; raises as `attend` says."""
+    # Wider heads run on the newest GPUs only.
+    fits = jnp.dtype(dtype).itemsize == 2 and head_width <= 128 and head_width % 8 == 0
+    available = fits and backend == "gpu"
+    if requested == "cudnn" and not available:
+        raise UserError(
+            "attention 'cudnn' needs a GPU, bfloat16 and heads of at most 128 channels, a "
+            f"of 8; here are {backend}, {jnp.dtype(dtype).name} and {head_width}; use 'auto'"
+        )
+    return "xla" if requested == "xla" or not available else "cudnn"
+
+
+def even_lengths(
+    arrays: tuple[Float[Array, "b l h d"], ...], allowed: Bool[Array, "b 1 1 k"]
+) -> tuple[tuple[Float[Array, "b l h d"], ...], Bool[Array, "b 1 q k"]]:
+    """(query, key, value) of even lengths, and the mask of all logits: cuDNN takes no others."""
+    query, key, value = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in arrays)
+    allowed = jnp.pad(allowed, ((0, 0),) * 3 + ((0, key.shape[1] - allowed.shape[-1]),))
+    shape = (allowed.shape[0], 1, query.shape[1], key.shape[1])
+    return (query, key, value), jnp.broadcast_to(allowed, shape)
 
 
 def masked_mean(states: Tokens, mask: Mask) -> Vector:
@@ -253,6 +294,7 @@ class AttentionBlock(nn.Module):
     cross: bool
     mlp: bool
     dtypes: Mapping[str, Any]
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, x: Features, states: Tokens | None, mask: Mask | None) -> Features:
@@ -260,11 +302,12 @@ class AttentionBlock(nn.Module):
         h = group_norm(self.groups, self.dtypes, name="norm")(x).reshape(b, -1, channels)
         qkv = dense(3 * channels, ("embed", "joined_kv"), self.dtypes, name="qkv")(h)
         query, key, value = jnp.split(qkv, 3, axis=-1)
-        h = attend(query, key, value, self.heads)
+        h = attend(query, key, value, self.heads, None, self.attention)
         if self.cross:
             condition = layer_norm(self.dtypes, name="cross_norm")(states)
             kv = dense(2 * channels, ("embed", "joined_kv"), self.dtypes, name="cross_kv")
-            h = h + attend(query, *jnp.split(kv(condition), 2, axis=-1), self.heads, mask)
+            key, value = jnp.split(kv(condition), 2, axis=-1)
+            h = h + attend(query, key, value, self.heads, mask, self.attention)
         h = dense(channels, ("joined_kv", "embed"), self.dtypes, zero=True, name="out")(h)
         x = constrain(x + h.reshape(b, height, width, channels))
         if self.mlp:
@@ -279,13 +322,14 @@ class TokenBlock(nn.Module):
 
     heads: int
     dtypes: Mapping[str, Any]
+    attention: str = "auto"
 
     @nn.compact
     def __call__(self, x: Tokens, mask: Mask | None) -> Tokens:
         width = x.shape[-1]
         h = layer_norm(self.dtypes, name="norm")(x)
         qkv = dense(3 * width, ("embed", "joined_kv"), self.dtypes, name="qkv")(h)
-        h = attend(*jnp.split(qkv, 3, axis=-1), self.heads, mask)
+        h = attend(*jnp.split(qkv, 3, axis=-1), self.heads, mask, self.attention)
         x = x + dense(width, ("joined_kv", "embed"), self.dtypes, zero=True, name="out")(h)
         h = layer_norm(self.dtypes, name="mlp_norm")(x)
         h = gelu(dense(4 * width, ("embed", "mlp"), self.dtypes, name="mlp_in")(h))

@@ -22,7 +22,7 @@ from kaleido_jax.models.layers import Features, Mask, Tokens
 from kaleido_jax.models.unet import Condition, Micro
 from kaleido_jax.types import Pyramid
 
-INHERITED = ("channels", "dtype", "param_dtype", "remat_policy")
+INHERITED = ("channels", "dtype", "param_dtype", "remat_policy", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Config(unet.TrunkConfig):
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
         """From a mapping of fields, `inner` a mapping too (nested if it has `inner` itself).
 
-        The inner network takes channels, dtype, param_dtype and remat_policy from the outer
-        one unless it states its own.
+        The inner network takes channels, dtype, param_dtype, remat_policy and attention from
+        the outer one unless it states its own.
 
         Raises:
           UserError: an unknown field, naming the nearest; no `inner`; sizes that do not fit.

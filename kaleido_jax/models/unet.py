@@ -8,7 +8,7 @@ a level without attention; `micro_conditioning` "scale:64" is (("scale", 64.0),)
 `num_groups_norm` and `use_attention_ffn` come out of its ResNetConfig; the 32 groups and
 8 heads of its attention are `num_groups_attention` and `num_heads`; `nesting` and
 `skip_cond_emb` follow from the place in a nested network. The rest bear ml-mdm's names.
-`channels`, `patch_size`, `dtype`, `param_dtype` and `remat_policy` are ours.
+`channels`, `patch_size`, `dtype`, `param_dtype`, `remat_policy` and `attention` are ours.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class TrunkConfig:
       patch_size: p x p pixels of the image become one position with p*p times the channels.
       dtype: of computation. param_dtype: of parameters.
       remat_policy: what the backward pass recomputes, per block: 'none', 'minimal' or 'full'.
+      attention: how attention is computed, one of layers.ATTENTIONS.
     """
 
     channels: int = 3
@@ -69,6 +70,7 @@ class TrunkConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat_policy: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self):
         for name in ("resolution_channels", "num_resnets_per_resolution", "num_attention_layers"):
@@ -98,10 +100,13 @@ class TrunkConfig:
                 self._divides("num_groups_attention", self.num_groups_attention, width)
         if self.time_width % 8:
             raise UserError(f"temporal_dim is {self.time_width}; it must be a multiple of 8")
-        if self.remat_policy not in layers.REMAT_POLICIES:
-            raise UserError(
-                f"remat_policy is {self.remat_policy!r}; one of {', '.join(layers.REMAT_POLICIES)}"
-            )
+        for name, known in (
+            ("remat_policy", layers.REMAT_POLICIES),
+            ("attention", layers.ATTENTIONS),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"{name} is {value!r}; one of {', '.join(known)}")
 
     def _divides(self, name: str, part: int, width: int) -> None:
         if width % part:
@@ -234,6 +239,7 @@ class Level(nn.Module):
                     self.cross,
                     c.use_attention_ffn,
                     c.dtypes,
+                    c.attention,
                     name=f"attention_{i}_{j}",
                 )
                 x = block(x, states, mask)
@@ -347,7 +353,7 @@ class ConditionEncoder(nn.Module):
         read = mask if c.masked_cross_attention else jnp.ones_like(mask)
         block = layers.checkpointed(layers.TokenBlock, c.remat_policy)
         for i in range(c.num_lm_head_layers):
-            states = block(c.num_heads, c.dtypes, name=f"layer_{i}")(states, read)
+            states = block(c.num_heads, c.dtypes, c.attention, name=f"layer_{i}")(states, read)
         pooled = layers.masked_mean(states, read if c.num_lm_head_layers else mask)
         vector = layers.dense(
             c.time_width, ("embed", "time_embed"), c.dtypes, use_bias=False, name="vector"
