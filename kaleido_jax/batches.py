@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,23 +39,46 @@ def check_count(count: int, what: str) -> None:
 
 
 class Encoded:
-    """Encoder states of the distinct captions, computed once and kept on the host."""
+    """Encoder states of the captions of some pictures, on the host."""
 
-    def __init__(
-        self,
-        encode: Callable[[Int[np.ndarray, "rows lc"]], Conditioning],
-        caption_tokens: Int[np.ndarray, "n lc"],
-        size: int,
-    ):
-        """Runs `encode` on at most `size` captions at once; it may add rows at the end."""
-        distinct, where = np.unique(caption_tokens, axis=0, return_inverse=True)
-        self._where = where.reshape(-1)
-        parts = []
-        for part in batches(np.arange(len(distinct)), size):
-            states = jax.tree.map(np.asarray, encode(distinct[part]))
-            parts.append(jax.tree.map(lambda x, count=part.size: x[:count], states))
-        self._states = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    def __init__(self, states: list[Conditioning], where: Int[np.ndarray, "n"]):
+        """`states` of the distinct captions, without batch axis; `where` finds each picture's."""
+        self._states, self._where = states, where
 
     def rows(self, part: Int[np.ndarray, "rows"]) -> Conditioning:
         """States of the captions of some pictures, as numpy arrays."""
-        return jax.tree.map(lambda x: x[self._where[part]], self._states)
+        found = [self._states[i] for i in self._where[part]]
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *found)
+
+
+class Captions:
+    """Remembers the states of the captions that were encoded last; may be shared by threads."""
+
+    def __init__(self, room: int = 256):
+        self._room = room
+        self._states: collections.OrderedDict[bytes, Conditioning] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def encode(
+        self,
+        captions: Int[np.ndarray, "n lc"],
+        encode: Callable[[Int[np.ndarray, "rows lc"]], Conditioning],
+        size: int,
+    ) -> Encoded:
+        """States of captions, of which `encode` is asked for those not known, `size` at once."""
+        distinct, where = np.unique(captions, axis=0, return_inverse=True)
+        keys = [row.tobytes() for row in distinct]
+        with self._lock:
+            found = {key: self._states[key] for key in keys if key in self._states}
+        missing = np.array([i for i, key in enumerate(keys) if key not in found], int)
+        for part in batches(missing, size):
+            states = encode(distinct[part])
+            for row, i in enumerate(part):
+                found[keys[i]] = jax.tree.map(lambda x, row=row: x[row].copy(), states)
+        with self._lock:
+            for key in keys:
+                self._states[key] = found[key]
+                self._states.move_to_end(key)
+            while len(self._states) > self._room:
+                self._states.popitem(last=False)
+        return Encoded([found[key] for key in keys], where.reshape(-1))

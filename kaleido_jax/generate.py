@@ -210,7 +210,7 @@ class Pipeline(EditMethods):
         seeds, indices = _random_numbers(documents)
         captions = self._caption_tokens([doc.caption for doc in documents])
         latents = np.stack([self._latent_tokens(doc) for doc in documents])
-        states = self._runner.encode(captions, batch)
+        states = self._runner.encode(captions)
         samples = np.zeros((len(documents), *self._runner.shapes[0]), np.float32)
         for chosen in dict.fromkeys(plain):
             rows = np.array([i for i, other in enumerate(plain) if other == chosen])
@@ -275,7 +275,7 @@ class Pipeline(EditMethods):
         self, blank: list[LatentDocument], chosen: Settings, batch: int
     ) -> tuple[list[LatentDocument], list[str]]:
         """Fills in z; what is not valid is drawn again, with other random numbers, a few times."""
-        states = self._runner.encode(self._caption_tokens([doc.caption for doc in blank]), batch)
+        states = self._runner.encode(self._caption_tokens([doc.caption for doc in blank]))
         seeds, indices = _random_numbers(blank)
         documents = list(blank)
         problems: dict[int, list[str]] = {}

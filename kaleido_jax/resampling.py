@@ -83,7 +83,7 @@ def redraw(
     first = min(names.index(name) for name in free)
     if not any(names.index(name) > first for name in kept):
         candidates = 1
-    encoded = runner.encode(caption[None], 1)
+    encoded = runner.encode(caption[None])
     parts = [[] for _ in range(candidates)]  # tokens so far, without an end
     marks = [[] for _ in range(candidates)]  # whether each belongs to a kept latent
     position = 0

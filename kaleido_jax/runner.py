@@ -17,13 +17,13 @@ from ml_collections import ConfigDict
 
 from kaleido_jax import mesh as mesh_lib
 from kaleido_jax import stages
-from kaleido_jax.batches import MAX_PICTURES, Encoded, check_range
+from kaleido_jax.batches import MAX_PICTURES, Captions, Encoded, check_range
 from kaleido_jax.decode import Plan
 from kaleido_jax.errors import UserError
 from kaleido_jax.grammar import Tables
 from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
 from kaleido_jax.settings import Settings
-from kaleido_jax.types import Params
+from kaleido_jax.types import Conditioning, Params
 
 DEFAULT_BATCH = 16
 # Steps between two calls of `on_step`: the most that run on after it has raised.
@@ -69,22 +69,32 @@ class Runner:
         # Caption, and of z one state more than tokens: the decoder's start.
         self._null_length = data.caption_length + (self.latent_length + 1 if decoder else 0)
         self._null = None
+        self._captions = Captions()
 
     def batch_size(self, wanted: int | None, count: int) -> int:
-        """Rows of a batch: `wanted` or a fit for `count` pictures, rounded up to the devices."""
-        wanted = min(count, DEFAULT_BATCH) if wanted is None else wanted
+        """Rows of a batch: `wanted` or a fit for `count` pictures, rounded up to the devices.
+
+        The fit is a power of two for each device, so that few programs are compiled.
+        """
+        if wanted is None:
+            rows = -(-min(max(count, 1), DEFAULT_BATCH) // self._multiple)
+            return (1 << (rows - 1).bit_length()) * self._multiple
         check_range("batch_size", wanted, 1, MAX_PICTURES)
         return -(-wanted // self._multiple) * self._multiple
 
-    def encode(self, captions: Int[np.ndarray, "n lc"], batch: int) -> Encoded:
-        """Encoder states of captions, at most `batch` at once, each distinct one once."""
-        size = self.batch_size(min(batch, len(captions)), batch)
+    def encode(self, captions: Int[np.ndarray, "n lc"]) -> Encoded:
+        """Encoder states of captions, each distinct one once; the last ones are remembered.
 
-        def encode(rows: Int[np.ndarray, "rows lc"]) -> Any:
-            return stages.encode(self._model, self.params, self._put(rows, size))
+        Every device encodes one caption at a time, whatever else is asked for: the states, and so
+        a picture, depend on the caption alone to the bit. It costs little beside the pictures.
+        """
 
-        with mesh_lib.use_mesh(self._mesh):
-            return Encoded(encode, captions, size)
+        def encode(rows: Int[np.ndarray, "rows lc"]) -> Conditioning:
+            with mesh_lib.use_mesh(self._mesh):
+                made = stages.encode(self._model, self.params, self._put(rows, self._multiple))
+            return jax.tree.map(lambda x: np.asarray(x)[: len(rows)], made)
+
+        return self._captions.encode(captions, encode, self._multiple)
 
     def decode(
         self,

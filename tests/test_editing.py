@@ -6,11 +6,10 @@ import dataclasses
 import itertools
 import json
 
-import jax
 import numpy as np
 import pytest
 
-from kaleido_jax import diverse, editing, generate, resampling
+from kaleido_jax import diverse, editing, generate, resampling, stages
 from kaleido_jax.errors import UserError
 from kaleido_jax.latents import LatentDocument, bbox, latent_type
 from tests.test_constrained import COMBINED, PROMPT, pipeline
@@ -168,7 +167,7 @@ def test_later_latents_are_drawn_from_the_prior_given_the_earlier():
     counts = np.bincount([int(d.split("#")[1]) for d in drawn], minlength=64)
     ids = np.zeros((1, 40), np.int32)
     ids[0, : len(prefix)] = prefix
-    runner, states = pipe._runner, pipe._runner.encode(pipe._caption_tokens([PROMPT]), 1)
+    runner, states = pipe._runner, pipe._runner.encode(pipe._caption_tokens([PROMPT]))
     log_p = []
     for code in range(64):
         ids[0, len(prefix)] = vocabulary.voken_offset + code
@@ -276,15 +275,15 @@ def test_a_diverse_set_is_of_what_was_drawn():
 
 
 def test_the_encoder_runs_once_for_all_samples_of_a_caption(monkeypatch):
-    pipe = pipeline(("bbox",))
-    rows = []
-    encode = generate.Pipeline.draw_latents.__globals__["Runner"].encode
+    pipe, encode, rows = pipeline(("bbox",)), stages.encode, []
 
-    def count(self, captions, batch):
-        encoded = encode(self, captions, batch)
-        rows.append(len(jax.tree.leaves(encoded._states)[0]))
-        return encoded
+    def count(model, params, captions):
+        rows.append(len(captions))
+        return encode(model, params, captions)
 
-    monkeypatch.setattr(type(pipe._runner), "encode", count)
-    pipe.draw_latents([PROMPT, "noon: a green shape"], 5, batch_size=10)
-    assert rows == [2]
+    monkeypatch.setattr(stages, "encode", count)
+    captions = ["night: a grey shape", "night: a green shape"]
+    documents = pipe.draw_latents(captions, 5, batch_size=10)
+    assert sum(rows) == 2
+    pipe.render(documents[:2], batch_size=10)
+    assert sum(rows) == 2
