@@ -71,6 +71,8 @@ def _walk(jaxpr: Jaxpr, outer: str, trips: int) -> collections.Counter[str]:
             total[part(scope)] += _dot(eqn)
         elif name == "conv_general_dilated":
             total[part(scope)] += _convolution(eqn)
+        elif name.startswith("dot_product_attention_"):
+            total[part(scope)] += _flash_attention(eqn)
         elif name == "cond":
             branches = [_walk(branch.jaxpr, scope, trips) for branch in eqn.params["branches"]]
             total += max(branches, key=lambda counts: counts.total())
@@ -107,3 +109,11 @@ def _convolution(eqn: Any) -> int:
     kernel, out = eqn.invars[1].aval, eqn.outvars[0].aval
     taps = kernel.size // kernel.shape[p["dimension_numbers"].rhs_spec[0]]
     return 2 * out.size * taps // math.prod(p["lhs_dilation"])
+
+
+def _flash_attention(eqn: Any) -> int:
+    """cuDNN's, as the products that it stands for: two forward, four backward."""
+    batch, queries, heads, width = eqn.invars[0].aval.shape
+    keys = eqn.invars[1].aval.shape[1]
+    products = 4 if "_bwd" in eqn.primitive.name else 2
+    return products * 2 * batch * heads * queries * keys * width

@@ -48,6 +48,22 @@ def test_a_convolution_costs_as_much_backward_twice(stride):
     assert flops.count(jax.grad(run, (0, 1)), x, kernel) == {"other": 3 * once}
 
 
+def test_flash_attention_counts_as_the_products_that_it_stands_for(monkeypatch):
+    stablehlo = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    # Tracing asks for the GPU's versions; the program is only counted here, never run.
+    monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91000)
+    query = jax.ShapeDtypeStruct((2, 64, 4, 32), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((2, 48, 4, 32), jnp.bfloat16)
+
+    def run(kind):
+        def loss(*qkv):
+            return jax.nn.dot_product_attention(*qkv, implementation=kind).sum()
+
+        return flops.count(jax.grad(loss, (0, 1, 2)), query, key, key)
+
+    assert run("cudnn") == run("xla") == {"other": 6 * 2 * (2 * 4 * 64 * 48 * 32)}
+
+
 def _training(*overrides):
     trainer = Trainer(tiny_config(*overrides, nested=True))
     data, rows = trainer.config.data, trainer.config.train.batch_size
