@@ -96,6 +96,12 @@ def get_config() -> ConfigDict:
     c.model.text_encoder = ConfigDict(t5())
     c.model.latent_decoder = ConfigDict(t5(vocab_size=40320))  # Sec. 4.1: vocabulary resized
     c.model.freeze_encoder = True  # Sec. 3.3: "we freeze the context encoder"
+    # 'all' (Sec. 3.3), 'last:N' layers or 'lora:RANK': App. C, "partial training".
+    c.model.train_decoder = "all"
+    # With a part of the decoder: whether embedding and head train too, as new vokens must.
+    c.model.train_vocabulary = True
+    c.model.lora_alpha = 16.0  # adapters count alpha / RANK (Hu et al. 2021, Section 4.1)
+    c.model.lora_kernels = ("query", "key", "value", "out", "wi_0", "wi_1", "wo")
     c.model.denoiser = ConfigDict(
         dict(
             name="nested_unet",

@@ -19,11 +19,12 @@ import flax.traverse_util as traverse
 import numpy as np
 from ml_collections import ConfigDict
 
-from kaleido_jax import checkpoint, tensor_files
+from kaleido_jax import checkpoint, lora, tensor_files, trainable
 from kaleido_jax import config as config_lib
 from kaleido_jax.errors import UserError
 from kaleido_jax.model_card import model_card
 from kaleido_jax.tokens import Vocabulary
+from kaleido_jax.trainable import Trainable
 from kaleido_jax.types import Params
 
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.model", "model.safetensors"
@@ -186,11 +187,7 @@ def load(folder: str | os.PathLike, step: int | None = None) -> Bundle:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise UserError(f"checkpoint folder {folder} does not exist")
-    if folder.parent.name == "checkpoints" and folder.name.startswith("step_"):
-        digits = folder.name.removeprefix("step_")
-        if not digits.isdigit():
-            raise UserError(f"checkpoint folder {folder} is not named step_ and a number")
-        return load(folder.parent.parent, int(digits))
+    folder, step = _step_of(folder, step)
     config = read_config(folder)
     tokenizer = folder / TOKENIZER
     if not tokenizer.is_file():
@@ -202,7 +199,47 @@ def load(folder: str | os.PathLike, step: int | None = None) -> Bundle:
         params, fingerprint = _as_computed(params), checkpoint.manifest_hash(folder)
     else:
         params, fingerprint = _read_checkpoint(folder, step)
+        config, params = plain_model(config, params)
     return Bundle(config, params, vocabulary, fingerprint)
+
+
+def plain_model(config: ConfigDict, params: Params) -> tuple[ConfigDict, Params]:
+    """Config and parameters of the model that training makes, its adapters merged into kernels."""
+    if not Trainable.from_config(config).rank:
+        return config, params
+    params = lora.merge(params, config.model.lora_alpha)
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.model.train_decoder = "all"
+    return config, params
+
+
+def starting_point(folder: pathlib.Path, average: bool) -> tuple[ConfigDict, dict[str, Any]]:
+    """Config and parameters by our names, for training to start from; without adapters.
+
+    Args:
+      folder: an export or import, of all parts or some; a workdir or a step of one.
+      average: of a workdir, its running average, where it has one; else what it was training.
+
+    Raises:
+      UserError: nothing is there, or what is there is damaged.
+    """
+    place, step = _step_of(folder, None)
+    config = read_config(place)
+    if (place / WEIGHTS).is_file():
+        return config, read_tensors(place)
+    config, params = plain_model(config, _read_checkpoint(place, step, average)[0])
+    return config, traverse.flatten_dict(params, sep="/")
+
+
+def _step_of(folder: pathlib.Path, step: int | None) -> tuple[pathlib.Path, int | None]:
+    """The workdir and step of WORKDIR/checkpoints/step_N; any other folder as it is."""
+    if folder.parent.name != "checkpoints" or not folder.name.startswith("step_"):
+        return folder, step
+    digits = folder.name.removeprefix("step_")
+    if not digits.isdigit():
+        raise UserError(f"checkpoint folder {folder} is not named step_ and a number")
+    return folder.parent.parent, int(digits)
 
 
 def read_config(folder: pathlib.Path) -> ConfigDict:
@@ -240,7 +277,9 @@ def _as_computed(tree: Any) -> Any:
     return np.asarray(tree, np.float32 if tree.dtype == np.float16 else None)
 
 
-def _read_checkpoint(folder: pathlib.Path, step: int | None) -> tuple[dict[str, Any], str]:
+def _read_checkpoint(
+    folder: pathlib.Path, step: int | None, average: bool = True
+) -> tuple[dict[str, Any], str]:
     checkpoints = checkpoint.Checkpoints(folder)
     if step is None:
         step = checkpoints.newest_whole()
@@ -249,6 +288,7 @@ def _read_checkpoint(folder: pathlib.Path, step: int | None) -> tuple[dict[str, 
     elif problem := checkpoint.manifest_problem(checkpoints.step_folder(step)):
         raise UserError(f"checkpoint {checkpoints.step_folder(step)} is damaged: {problem}")
     shapes = checkpoints.saved_shapes(step)
-    state = checkpoints.restore(step, {name: shapes[name] for name in ("ema", "frozen")})
+    trained = "ema" if average else "params"
+    state = checkpoints.restore(step, {name: shapes[name] for name in (trained, "frozen")})
     fingerprint = checkpoint.manifest_hash(checkpoints.step_folder(step))
-    return {**state["ema"], **state["frozen"]}, fingerprint
+    return trainable.merge(state[trained], state["frozen"]), fingerprint

@@ -61,17 +61,6 @@ def update_ema(
     return optax.incremental_update(params, ema, 1.0 - rate)
 
 
-def split_frozen(params: Params, freeze_encoder: bool) -> tuple[dict, dict]:
-    """Splits parameters into (trained, frozen): a frozen encoder has no optimizer slots."""
-    frozen = {"text_encoder": params["text_encoder"]} if freeze_encoder else {}
-    return {k: v for k, v in params.items() if k not in frozen}, frozen
-
-
-def merge_frozen(trained: Params, frozen: Params) -> dict:
-    """Undoes `split_frozen`."""
-    return {**trained, **frozen}
-
-
 def count_parameters(params: Any) -> int:
     """Number of scalars in a tree of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from kaleido_jax import mesh, optim, rng
+from kaleido_jax import mesh, optim, rng, trainable
 from kaleido_jax.data import Loader, make_source
 from kaleido_jax.data.reader import MAX_BAD_FRACTION
 from kaleido_jax.errors import UserError
@@ -52,6 +52,7 @@ class Trainer:
     def __init__(self, config: ConfigDict, devices: Any = None):
         self.config = config
         self.model = Kaleido(KaleidoConfig.from_config(config))
+        self.trainable = trainable.Trainable.from_config(config)
         self.mesh = mesh.make_mesh(**config.mesh.to_dict(), devices=devices)
         self.loss_config = LossConfig.from_config(config, self.model.cfg.ratios)
         self.optimizer = optim.make_optimizer(config)
@@ -80,9 +81,8 @@ class Trainer:
 
     def _state_shardings(self, abstract: Params) -> TrainState:
         whole = mesh.replicated(self.mesh)
-        freeze = self.config.model.freeze_encoder
-        trained, frozen = optim.split_frozen(self.param_shardings, freeze)
-        shapes, _ = optim.split_frozen(abstract, freeze)
+        trained, frozen = trainable.split(self.param_shardings, self.trainable)
+        shapes, _ = jax.eval_shape(lambda tree: trainable.split(tree, self.trainable), abstract)
         slots = jax.eval_shape(self.optimizer.init, shapes)
         opt_state = optax.tree.map_params(
             self.optimizer,
@@ -95,7 +95,7 @@ class Trainer:
 
     def _init(self) -> TrainState:
         params = nn.meta.unbox(self._init_boxed())
-        params, frozen = optim.split_frozen(params, self.config.model.freeze_encoder)
+        params, frozen = trainable.split(params, self.trainable)
         # The average starts at the parameters, in memory of its own (the state is donated).
         ema = jax.tree.map(jnp.copy, params)
         return TrainState(
@@ -120,7 +120,7 @@ class Trainer:
         self, params: Params, frozen: Params, batch: Batch, step: Int[Array, ""]
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """L = L_DM + eta L_AR of one global batch at `step`; pure."""
-        merged = optim.merge_frozen(params, frozen)
+        merged = trainable.merge(params, frozen)
         return joint_loss(self.model, merged, batch, self.config.seed, step, self.loss_config)
 
     def update(

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from kaleido_jax import bundle, checkpoint, optim, runlog, warm_start
+from kaleido_jax import bundle, checkpoint, optim, runlog, trainable, warm_start
 from kaleido_jax import config as config_lib
 from kaleido_jax.data import Loader
 from kaleido_jax.tokens import Vocabulary
 from kaleido_jax.train import Trainer, TrainState, make_loader
+from kaleido_jax.trainable import Trainable
 from kaleido_jax.types import Batch
 
 # Called with (step, bundle of the averaged parameters); returns a picture [H, W, 3] or None.
@@ -84,11 +84,21 @@ def train(
 
 
 def _start_from(state: TrainState, config: ConfigDict, say: Callable[[str], None]) -> TrainState:
-    """A new state with the parameters that `config.init_from` names; the average follows."""
-    merged = optim.merge_frozen(state.params, state.frozen)
-    merged = warm_start.warm_start(merged, config, config.init_from, say)
-    params, frozen = optim.split_frozen(merged, config.model.freeze_encoder)
-    return state.replace(params=params, frozen=frozen, ema=jax.tree.map(jnp.copy, params))
+    """A new state with the parameters that `config.init_from` names.
+
+    The average goes on from a workdir's average, and so does what is frozen, as it will be sampled
+    with the average; imports and exports have one set for both.
+    """
+    what = Trainable.from_config(config)
+    merged = trainable.merge(state.ema, state.frozen)
+    averaged = warm_start.warm_start(merged, config, config.init_from, say)
+    ema, frozen = trainable.split(averaged, what)
+    merged = trainable.merge(state.params, frozen)
+    trained = warm_start.warm_start(merged, config, config.init_from, average=False)
+    params, _ = trainable.split(trained, what)
+    new = state.replace(params=params, frozen=frozen, ema=ema)
+    # Layers that were cut out of an array are placed anew.
+    return jax.tree.map(lambda leaf, old: jax.device_put(leaf, old.sharding), new, state)
 
 
 def _loop(
@@ -116,8 +126,9 @@ def _loop(
             log.exclude(time.monotonic() - started)
         if sample_hook and t.sample_every and (done % t.sample_every == 0 or done == t.num_steps):
             started = time.monotonic()
-            params = optim.merge_frozen(state.ema, state.frozen)
-            image = sample_hook(done, bundle.Bundle(config, params, vocabulary, f"step {done}"))
+            params = trainable.merge(state.ema, state.frozen)
+            model = bundle.plain_model(config, params)
+            image = sample_hook(done, bundle.Bundle(*model, vocabulary, f"step {done}"))
             if image is not None:
                 log.image(done, image)
             log.exclude(time.monotonic() - started)

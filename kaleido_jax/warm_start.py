@@ -1,9 +1,10 @@
-"""Training that starts from other weights: `config.init_from` names imports and exports.
+"""Training that starts from other weights: `config.init_from` names the folders that hold them.
 
-Each folder gives the parts that it holds (`text_encoder`, `latent_decoder`, `denoiser`); later
-folders win. What reads the condition (its projection, its learned layers, the keys and values of
-cross-attention) starts anew where its size differs: a released MDM reads 2048 numbers per token,
-Kaleido 1024. A denoiser of fewer resolutions becomes the inner network of one of more.
+They are imports, exports, workdirs (their newest whole checkpoint) or checkpoints. Each gives the
+parts that it holds (`text_encoder`, `latent_decoder`, `denoiser`); later ones win. What reads the
+condition (its projection, its learned layers, the keys and values of cross-attention) starts anew
+where its size differs: a released MDM reads 2048 numbers per token, Kaleido 1024. A denoiser of
+fewer resolutions becomes the inner network of one of more: so a run at 64 pixels goes on at 256.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from kaleido_jax.types import Params
 PARTS = ("text_encoder", "latent_decoder", "denoiser")
 # Parameters of a denoiser whose shape follows from the condition's width and learned layers.
 CONDITION = re.compile(r"/(condition|cross_norm|cross_kv)/")
-OUTER = re.compile(r"denoiser/(inner/)*(outer|to_inner|from_inner)/")
+# An outer network, and adapters, which start at nothing, may be new.
+NEW = re.compile(r"denoiser/(inner/)*(outer|to_inner|from_inner)/|.*/lora_[ab]$")
 
 
 def warm_start(
@@ -34,31 +36,32 @@ def warm_start(
     config: Any,
     folders: Iterable[str],
     say: Callable[[str], None] = lambda line: None,
+    average: bool = True,
 ) -> Params:
     """Parameters with those of the folders in the place of their own.
 
     Args:
       params: of the whole model, on devices; kept where no folder has a part.
       config: the training config.
-      folders: imports or exports.
+      folders: imports, exports, workdirs or checkpoints.
       say: receives a line for each part: what is taken, what starts anew.
+      average: take a workdir's running average, else what it was training.
 
     Raises:
-      UserError: a folder that is no import or export, or, in one line, every parameter of a part
+      UserError: a folder that is none of these, or, in one line, every parameter of a part
         that it lacks or has in another shape.
     """
     flat = traverse.flatten_dict(dict(params), sep="/")
     for folder in map(pathlib.Path, folders):
         if not folder.is_dir():
             raise UserError(f"config key 'init_from' names {folder}, which is not a folder")
-        found = bundle.read_tensors(folder)
+        source, found = bundle.starting_point(folder, average)
         present = [part for part in PARTS if any(n.startswith(f"{part}/") for n in found)]
         wanted = [part for part in present if any(n.startswith(f"{part}/") for n in flat)]
         if not wanted:
             raise UserError(
                 f"config key 'init_from' names {folder}, which holds none of the model's parts"
             )
-        source = bundle.read_config(folder)
         for part in wanted:
             _take(flat, part, _fitting(part, found, source, config), folder, say)
     return traverse.unflatten_dict(flat, sep="/")
@@ -92,7 +95,7 @@ def _take(
     for name in names:
         if name in found and tuple(found[name].shape) == flat[name].shape:
             taken.append(name)
-        elif CONDITION.search(name) or (name not in found and OUTER.match(name)):
+        elif CONDITION.search(name) or (name not in found and NEW.match(name)):
             anew.append(name)
         elif name not in found:
             problems.append(f"{name} is missing")

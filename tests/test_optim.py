@@ -46,10 +46,3 @@ def test_the_average_follows_its_decay_and_its_warm_up():
     assert optim.update_ema(ema, params, 0, 0.9, False)["a"] == pytest.approx(0.1)
     assert optim.update_ema(ema, params, 0, 0.9, True)["a"] == pytest.approx(0.9)
     assert optim.update_ema(ema, params, 10_000, 0.9, True)["a"] == pytest.approx(0.1)
-
-
-def test_splitting_and_merging_frozen_parameters_are_inverse():
-    params = {"text_encoder": {"a": 1}, "denoiser": {"b": 2}}
-    assert optim.split_frozen(params, True) == ({"denoiser": {"b": 2}}, {"text_encoder": {"a": 1}})
-    assert optim.merge_frozen(*optim.split_frozen(params, True)) == params
-    assert optim.split_frozen(params, False) == (params, {})

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from kaleido_jax import tokens
 from kaleido_jax.errors import UserError
 from kaleido_jax.models.t5 import LatentDecoder, T5Config, TextEncoder
+from kaleido_jax.trainable import Trainable
 from kaleido_jax.types import Conditioning, Pyramid
 
 BACKBONES = ("unet", "nested_unet", "mlp")
@@ -64,7 +65,7 @@ class KaleidoConfig:
             )
         module = importlib.import_module(f"kaleido_jax.models.{backbone}")
         encoder = T5Config.from_dict(model.text_encoder.to_dict())
-        decoder = T5Config.from_dict(model.latent_decoder.to_dict()) if config.latents else None
+        decoder = _decoder_config(config) if config.latents else None
         denoiser = module.Config.from_dict(fields)
         if decoder is not None and decoder.emb_dim != encoder.emb_dim:
             raise UserError(
@@ -92,6 +93,18 @@ class KaleidoConfig:
             return dataclasses.replace(network, **changes)
 
         return dataclasses.replace(self, denoiser=plain(self.denoiser))
+
+
+def _decoder_config(config: ConfigDict) -> T5Config:
+    """The decoder's config, with adapters where `model.train_decoder` asks for them."""
+    model = config.model
+    decoder = T5Config.from_dict(model.latent_decoder.to_dict())
+    if rank := Trainable.from_config(config).rank:
+        alpha, kernels = model.lora_alpha, model.lora_kernels
+        decoder = dataclasses.replace(
+            decoder, lora_rank=rank, lora_alpha=alpha, lora_kernels=kernels
+        )
+    return decoder
 
 
 class Kaleido(nn.Module):

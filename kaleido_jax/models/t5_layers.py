@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kaleido_jax import lora
 from kaleido_jax.errors import UserError
 
 ACTIVATIONS = {
@@ -43,7 +44,9 @@ class T5Config:
     token embedding itself (`logits_via_embedding`). `dtype` is what the layers compute in,
     `param_dtype` what parameters are stored in; attention's softmax, the norms' statistics and the
     logits are float32 always. `remat_policy`: "none" keeps every activation, "minimal" keeps matrix
-    products without batch dimensions, "full" recomputes each layer in the backward pass.
+    products without batch dimensions, "full" recomputes each layer in the backward pass. With a
+    `lora_rank` the kernels of the layers that `lora_kernels` names ("query", "wi_0") get adapters
+    (`kaleido_jax.lora`).
 
     Raises UserError for values that no T5 has.
     """
@@ -65,9 +68,13 @@ class T5Config:
     param_dtype: str = "float32"
     scan_layers: bool = False
     remat_policy: str = "none"
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_kernels: tuple[str, ...] = ()
 
     def __post_init__(self):
-        object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
+        for name in ("mlp_activations", "lora_kernels"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"T5 config: {name} must be at least 1, got {getattr(self, name)}")
@@ -82,6 +89,7 @@ class T5Config:
                 f"T5 config: mlp_activations {list(self.mlp_activations)} must be of "
                 f"{sorted(ACTIVATIONS)}"
             )
+        self._check_lora()
         if self.remat_policy not in REMAT_POLICIES:
             raise UserError(
                 f"T5 config: remat_policy {self.remat_policy!r} must be one of "
@@ -98,6 +106,21 @@ class T5Config:
             )
         if not 0.0 <= self.dropout_rate < 1.0:
             raise UserError(f"T5 config: dropout_rate must be in [0, 1), got {self.dropout_rate}")
+
+    def _check_lora(self) -> None:
+        known = ("query", "key", "value", "out", *self.mlp_kernels, "wo")
+        wrong = [name for name in self.lora_kernels if name not in known]
+        if wrong or (self.lora_rank and not self.lora_kernels):
+            raise UserError(
+                f"config key 'model.lora_kernels' is {self.lora_kernels}; it needs some of "
+                f"{', '.join(known)}"
+            )
+
+    @property
+    def mlp_kernels(self) -> tuple[str, ...]:
+        """Names of the input kernels of the MLP, one per activation."""
+        count = len(self.mlp_activations)
+        return ("wi",) if count == 1 else tuple(f"wi_{i}" for i in range(count))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> T5Config:
@@ -153,9 +176,35 @@ class RelativePositionBias(nn.Module):
         return jnp.take(table.astype(jnp.float32), buckets, axis=1)
 
 
+class AdaptedDense(nn.Module):
+    """A linear layer without bias whose kernel has a low-rank adapter, x W + alpha / r (x A) B."""
+
+    cfg: T5Config
+    features: int
+    axes: tuple[str, str]
+    init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        cfg, (rows, columns) = self.cfg, self.axes
+
+        def param(name, init, axes, shape):
+            init = nn.with_logical_partitioning(init, axes)
+            return self.param(name, init, shape, jnp.dtype(cfg.param_dtype))
+
+        width, rank = x.shape[-1], cfg.lora_rank
+        kernel = param("kernel", self.init, self.axes, (width, self.features))
+        a = param(lora.A, nn.initializers.he_uniform(), (rows, None), (width, rank))
+        b = param(lora.B, nn.initializers.zeros_init(), (None, columns), (rank, self.features))
+        x, kernel, a, b = (value.astype(jnp.dtype(cfg.dtype)) for value in (x, kernel, a, b))
+        return x @ kernel + (x @ a @ b) * (cfg.lora_alpha / rank)
+
+
 def _dense(
     cfg: T5Config, features: int, axes: tuple[str, str], name: str, init=_fan_in
-) -> nn.Dense:
+) -> nn.Dense | AdaptedDense:
+    if cfg.lora_rank and name in cfg.lora_kernels:
+        return AdaptedDense(cfg, features, axes, init, name=name)
     return nn.Dense(
         features,
         use_bias=False,
@@ -256,8 +305,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "batch length embed"]) -> Float[Array, "batch length embed"]:
         cfg = self.cfg
         hidden = None
-        for i, activation in enumerate(cfg.mlp_activations):
-            name = "wi" if len(cfg.mlp_activations) == 1 else f"wi_{i}"
+        for name, activation in zip(cfg.mlp_kernels, cfg.mlp_activations, strict=True):
             y = ACTIVATIONS[activation](_dense(cfg, cfg.mlp_dim, ("embed", "mlp"), name)(x))
             hidden = y if hidden is None else hidden * y
         hidden = dropout(cfg, self.train)(hidden)
