@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from kaleido_jax import cli_arguments as arguments
 from kaleido_jax.errors import UserError
 
-KINDS = ("mdm", "t5", "t5x")
+KINDS = ("mdm", "t5", "t5x", "inception")
 FORMATS = ("safetensors", "stablehlo", "mdm", "t5")
 DTYPES = ("float32", "bfloat16", "float16")
 MAX_VOKENS = 1_000_000
@@ -29,11 +30,13 @@ def add_import(verbs: argparse._SubParsersAction, name: str) -> argparse.Argumen
         kaleido import t5 t5-v1_1-xl weights/t5 --vokens 8192  # room for vokens and sections
         kaleido import t5x checkpoint_1000000 weights/t5 --tokenizer spiece.model
         kaleido import mdm vis_model.pth weights/mdm64 --text-encoder weights/flan
+        kaleido import inception weights-inception-2015-12-05-6d7a9d5b.pth weights/inception
         kaleido sample --checkpoint weights/mdm64 --prompt "a cat on a mat"
         kaleido train --config base --workdir run --config.init_from=weights/t5,weights/mdm256
 
         mdm: Apple's vis_model.pth (64, 256 or 1024 pixels) or its tensors as .safetensors.
         t5: T5 1.0, 1.1 or Flan as Hugging Face saves it. t5x: version 3 or Orbax, scanned or not.
+        inception: torch-fidelity's network of FID, for `kaleido evaluate --feature inception:DIR`.
         Nothing that a file holds is run; whatever does not fit is listed, and nothing is written.
         """,
     )
@@ -129,10 +132,15 @@ def add_export(verbs: argparse._SubParsersAction, name: str) -> argparse.Argumen
 
 def import_weights(args: argparse.Namespace) -> None:
     """Imports weights; what does not fit is a UserError before anything is written."""
-    of_t5 = ("vokens", "seed")
-    _only(args, ("text_encoder", "settings") if args.kind != "mdm" else of_t5, args.kind)
+    of_mdm, of_t5, of_both = ("text_encoder", "settings"), ("vokens", "seed"), ("tokenizer",)
+    if args.kind == "inception":
+        _only(args, (*of_mdm, *of_t5, *of_both, "dtype"), args.kind)
+    _only(args, of_mdm if args.kind != "mdm" else of_t5, args.kind)
     if args.folder.exists():
         raise UserError(f"{args.folder} already exists; name a new folder")
+    if args.kind == "inception":
+        _import_inception(args)
+        return
     from kaleido_jax import tensor_files
     from kaleido_jax.interop import imports
 
@@ -149,6 +157,15 @@ def import_weights(args: argparse.Namespace) -> None:
         print(f"kaleido: {note}", file=sys.stderr)
     parts = sorted({name.partition("/")[0] for name in plan.tensors})
     print(f"{', '.join(parts)} ({total / 2**20:,.0f} MiB): {args.folder}")
+
+
+def _import_inception(args: argparse.Namespace) -> None:
+    from kaleido_jax.interop import inception
+
+    total = 4 * sum(math.prod(shape) for shape in inception.shapes().values())
+    with _progress(f"writing {args.folder}", total) as tick:
+        inception.import_inception(args.source, args.folder, tick)
+    print(f"inception ({total / 2**20:,.0f} MiB): {args.folder}")
 
 
 def export_weights(args: argparse.Namespace) -> None:

@@ -1,0 +1,1 @@
+"""Numbers that compare sets of pictures by their features."""
