@@ -125,11 +125,21 @@ def train(args: argparse.Namespace) -> None:
     from kaleido_jax import config as config_module
 
     config = config_module.load_config(args.config, args.overrides)
+    if not args.dry_run and (args.simulate_devices or args.json or args.every_parameter):
+        raise UserError("train: --simulate-devices, --json and --every-parameter need --dry-run")
     if args.dry_run:
-        from kaleido_jax import cli_train
+        if args.simulate_devices:
+            from kaleido_jax import dry_run
 
-        print(cli_train.summary(config), file=sys.stderr)
-        print(config_module.to_json(config), end="")
+            dry_run.simulate_devices(args.simulate_devices)
+        from kaleido_jax import cli_dry_run
+
+        cli_dry_run.run(
+            config,
+            compiled=not args.no_compile,
+            every_parameter=args.every_parameter,
+            as_json=args.json,
+        )
         return
     if args.workdir is None:
         raise UserError("train: --workdir DIR is needed (or --dry-run)")

@@ -69,8 +69,10 @@ def add_train(verbs: argparse._SubParsersAction, name: str) -> argparse.Argument
         kaleido train --config configs/shapes.py --workdir runs/shapes
         kaleido train --config shapes --workdir runs/baseline --config.latents='()'
         kaleido train --config cifar10 --dry-run --config.train.batch_size=64
+        kaleido train --config cc12m_256 --dry-run --simulate-devices 64
 
-        --config.a.b=VALUE sets one field of the config; --dry-run prints them all.
+        --config.a.b=VALUE sets one field of the config; --dry-run prints them all, and parameters,
+        operations and memory as the compiler plans it.
         """,
     )
     parser.add_argument(
@@ -86,8 +88,23 @@ def add_train(verbs: argparse._SubParsersAction, name: str) -> argparse.Argument
         help="folder for checkpoints, metrics and sample grids",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check the config, print it resolved, train nothing"
+        "--dry-run",
+        action="store_true",
+        help="check the config, print it resolved and what it takes, train nothing",
     )
+    parser.add_argument(
+        "--simulate-devices",
+        type=whole(1, 65536),
+        metavar="N",
+        help="dry run: as on N devices of the machine that will train",
+    )
+    parser.add_argument(
+        "--every-parameter", action="store_true", help="dry run: a line for each array"
+    )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="dry run: leave out the compiler's memory plan"
+    )
+    parser.add_argument("--json", action="store_true", help="dry run: one JSON object on stdout")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What `kaleido train` adds to training: the summary of a dry run, and sample grids.
+"""What `kaleido train` adds to training: sample grids.
 
 Training never imports generation; the two meet here.
 """
@@ -11,30 +11,10 @@ import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from kaleido_jax import bundle, generate, optim
-from kaleido_jax import train as training
+from kaleido_jax import bundle, generate
 from kaleido_jax.data import RecordError, Source, make_source
 from kaleido_jax.errors import UserError
 from kaleido_jax.prompts import clean_prompt
-
-
-def summary(config: ConfigDict) -> str:
-    """Parameters and steps of a config in one line each, from shapes alone.
-
-    Raises:
-      UserError: a model that the config cannot build, a batch that the devices cannot share.
-    """
-    state = training.Trainer(config).abstract_state()
-    trained, frozen = map(optim.count_parameters, (state.params, state.frozen))
-    parts = {name: optim.count_parameters(tree) for name, tree in sorted(state.params.items())}
-    steps = config.train.num_steps
-    return "\n".join(
-        [
-            f"parameters: {trained:,} trained, {frozen:,} frozen",
-            *(f"  {name}: {count:,}" for name, count in parts.items()),
-            f"steps: {steps:,} of {config.train.batch_size:,} examples",
-        ]
-    )
 
 
 def sample_hook(

@@ -32,7 +32,7 @@ GROUPS = {
         "storage": "checkpoint bundle tensor_files model_card hub",
     },
     2: {
-        "training": "losses optim runlog warm_start train training_loop",
+        "training": "dry_run losses optim runlog warm_start train training_loop",
         "generation": (
             "batches decode diverse edit_methods editing generate grammar guidance outputs"
             " resampling runner samplers settings stablehlo stages thresholds written"
@@ -44,8 +44,8 @@ GROUPS = {
     },
     4: {
         "command line": (
-            "cli cli_arguments cli_annotate cli_bench cli_build cli_doctor cli_edit cli_tasks "
-            "cli_train cli_weights"
+            "cli cli_arguments cli_annotate cli_bench cli_build cli_doctor cli_dry_run cli_edit "
+            "cli_tasks cli_train cli_weights"
         ),
         "page": "ui",
         "demo": "demo",
