@@ -147,6 +147,7 @@ def get_config() -> ConfigDict:
     c.optim.ema_warmup = False  # True: decay min(ema_decay, (1 + step) / (10 + step))
 
     c.mesh = ConfigDict()
+    c.mesh.preset = ""  # a machine in kaleido_jax.mesh.PRESETS; '' = the sizes below
     c.mesh.data = -1  # -1: all devices that fsdp and tensor leave
     c.mesh.fsdp = 1
     c.mesh.tensor = 1

@@ -10,8 +10,9 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int64
 from ml_collections import ConfigDict
 
 from kaleido_jax import mesh, optim, rng, trainable
@@ -154,13 +155,37 @@ class Trainer:
             return self.compiled_update(state, batch)
 
     def put(self, batch: Batch) -> Batch:
-        """Makes a global, sharded batch of this host's part."""
-        sharding = mesh.batch_sharding(self.mesh)
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+        """Makes a global, sharded batch of this process's `rows`."""
+        sharding, size, rows = (
+            mesh.batch_sharding(self.mesh),
+            self.config.train.batch_size,
+            self.rows,
+        )
+
+        def whole(x: Any) -> Array:
+            def part(index: tuple[slice, ...]) -> Any:
+                return x[np.searchsorted(rows, np.arange(size)[index[0]])]
+
+            return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
+
+        return jax.tree.map(whole, batch)
+
+    @functools.cached_property
+    def rows(self) -> Int64[np.ndarray, " rows"]:
+        """Rows of each global batch that this process reads."""
+        return mesh.local_rows(self.mesh, self.config.train.batch_size)
 
 
-def make_loader(config: ConfigDict, vocabulary: Vocabulary) -> Loader:
-    """The loader of `config.data`; raises UserError where data or vocabulary do not fit."""
+def make_loader(
+    config: ConfigDict,
+    vocabulary: Vocabulary,
+    rows: Int64[np.ndarray, " rows"] | None = None,
+) -> Loader:
+    """The loader of `config.data`, of all rows of each batch or of `rows` alone.
+
+    Raises:
+      UserError: data or vocabulary that do not fit.
+    """
     for part, needed in (
         ("text_encoder", vocabulary.num_pieces),
         ("latent_decoder", vocabulary.size),
@@ -181,8 +206,7 @@ def make_loader(config: ConfigDict, vocabulary: Vocabulary) -> Loader:
         image_size=d.image_size,
         batch_size=config.train.batch_size,
         seed=config.seed,
-        host_index=jax.process_index(),
-        host_count=jax.process_count(),
+        rows=rows,
         # A source that bears missing files must be readable without them.
         max_bad_fraction=d.source.get("max_bad_fraction", MAX_BAD_FRACTION),
     )

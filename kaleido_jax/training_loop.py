@@ -49,7 +49,7 @@ def train(
     workdir = pathlib.Path(workdir)
     trainer = Trainer(config)
     vocabulary = bundle.make_vocabulary(config)
-    loader = make_loader(config, vocabulary)
+    loader = make_loader(config, vocabulary, trainer.rows)
     bundle.start_workdir(workdir, config, vocabulary)
     checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
 

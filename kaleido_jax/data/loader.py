@@ -49,6 +49,7 @@ class Loader:
       drop_remainder: every epoch has whole batches only; the last examples of its permutation,
         fewer than a batch, are left out of it.
       host_index, host_count: this host takes rows [i B / H, (i + 1) B / H) of each batch.
+      rows: this host takes these rows of each batch, whatever host_index and host_count say.
       max_bad_fraction: share of unreadable records above which reading stops.
       prefetch: batches made ahead, at least one for each thread.
       workers: threads that make them (0: one for each core).
@@ -72,6 +73,7 @@ class Loader:
         drop_remainder: bool = False,
         host_index: int = 0,
         host_count: int = 1,
+        rows: Sequence[int] | Int64[np.ndarray, " rows"] | None = None,
         max_bad_fraction: float = MAX_BAD_FRACTION,
         prefetch: int = 4,
         workers: int = 0,
@@ -88,7 +90,9 @@ class Loader:
                     "with drop_remainder nothing is left"
                 )
         self.source, self.batch_size = source, batch_size
-        self.host_index, self.host_count = host_index, host_count
+        share = batch_size // host_count
+        own = host_index * share + np.arange(share) if rows is None else rows
+        self.rows = np.asarray(own, np.int64)
         self.encode = Encoder(vocabulary, latents, caption_length, latent_length, image_size)
         self.stream = make_stream(source, seed, shuffle, epoch_length)
         self.reader = Reader(source, self.encode, self.stream, max_bad_fraction, not shuffle)
@@ -110,9 +114,7 @@ class Loader:
         return self.stream.indices(self._positions(step))
 
     def _positions(self, step: int) -> Int64[np.ndarray, " rows"]:
-        rows = self.batch_size // self.host_count
-        first = step * self.batch_size + self.host_index * rows
-        return np.arange(first, first + rows)
+        return step * self.batch_size + self.rows
 
     def batch(self, step: int) -> Batch:
         """This host's part of batch number `step`, from nothing but the number.

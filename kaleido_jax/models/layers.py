@@ -192,8 +192,8 @@ def attention_implementation(requested: str, dtype: Any, head_width: int, backen
     available = fits and backend == "gpu"
     if requested == "cudnn" and not available:
         raise UserError(
-            "attention 'cudnn' needs a GPU, bfloat16 and heads of at most 128 channels, a "
-            f"of 8; here are {backend}, {jnp.dtype(dtype).name} and {head_width}; use 'auto'"
+            "attention 'cudnn' needs a GPU, bfloat16 and heads of 8, 16, .. or 128 channels; "
+            f"here are {backend}, {jnp.dtype(dtype).name} and {head_width}; use 'auto'"
         )
     return "xla" if requested == "xla" or not available else "cudnn"
 
