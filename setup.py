@@ -91,7 +91,7 @@ setup(
     packages=[*find_packages(include=["kaleido_jax", "kaleido_jax.*"]), "kaleido_jax.configs"],
     # The configs lie at the root, where people look for them, and install inside the package.
     package_dir={"kaleido_jax": "kaleido_jax", "kaleido_jax.configs": "configs"},
-    package_data={"kaleido_jax": ["py.typed", "assets/*", "assets/**/*"]},
+    package_data={"kaleido_jax": ["py.typed", "assets/*", "assets/**/*", "ui/static/*"]},
     include_package_data=False,
     install_requires=CORE,
     extras_require={

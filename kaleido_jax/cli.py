@@ -14,7 +14,15 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import kaleido_jax
-from kaleido_jax import cli_annotate, cli_bench, cli_build, cli_edit, cli_tasks, cli_weights
+from kaleido_jax import (
+    cli_annotate,
+    cli_bench,
+    cli_build,
+    cli_edit,
+    cli_serve,
+    cli_tasks,
+    cli_weights,
+)
 from kaleido_jax import cli_arguments as arguments
 from kaleido_jax.errors import UserError
 
@@ -199,6 +207,7 @@ VERBS = {
     "train": (arguments.add_train, train),
     "sample": (arguments.add_sample, sample),
     "edit": (cli_edit.add_edit, cli_edit.edit),
+    "serve": (cli_serve.add_serve, cli_serve.serve),
     "import": (cli_weights.add_import, cli_weights.import_weights),
     "export": (cli_weights.add_export, cli_weights.export_weights),
 }

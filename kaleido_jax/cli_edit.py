@@ -52,6 +52,7 @@ def add_edit(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentP
         kaleido edit samples/000000.png --checkpoint run --set 'text=A frog on cobblestones.'
         kaleido edit samples/000000.png --checkpoint run --keep text,bbox
         kaleido edit samples/000000.png --checkpoint run --script edits.jsonl --out out
+        kaleido edit --session session --checkpoint run --out again
 
         An OBJECT is named by words of its phrase (dog, or dog#2 for the second) or its number (#3);
         bbox:dog means that of one latent only. Edits are made in order; --then begins the next
@@ -61,6 +62,7 @@ def add_edit(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentP
     )
     parser.add_argument(
         "document",
+        nargs="?",
         type=pathlib.Path,
         metavar="DOCUMENT",
         help="a document (.json), or a picture (.png) with its document inside",
@@ -80,6 +82,12 @@ def add_edit(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentP
         type=pathlib.Path,
         metavar="FILE",
         help='steps from JSONL instead, a line each: {"word": "red=blue", "keep": "text"}',
+    )
+    parser.add_argument(
+        "--session",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="make every picture of a session from the page again, and compare the bytes",
     )
     parser.add_argument(
         "--seed",
@@ -106,8 +114,15 @@ def add_edit(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentP
     return parser
 
 
-def edit(args: argparse.Namespace) -> None:
-    """Makes the edits, renders every step, writes pictures, documents and a contact sheet."""
+def edit(args: argparse.Namespace) -> int:
+    """Makes the edits, renders every step, writes pictures, documents and a contact sheet.
+
+    With --session: 1 if a picture differs from the session's.
+    """
+    if args.session is not None:
+        return _replay(args)
+    if args.document is None:
+        raise UserError("edit: name a document or picture, or a session with --session DIR")
     if args.script is not None and args.steps is not None:
         raise UserError("edit: give edits or --script FILE, not both")
     if args.script is None and args.steps is None:
@@ -137,3 +152,26 @@ def edit(args: argparse.Namespace) -> None:
         if old.latents == new.latents and old.caption == new.caption:
             print(f"kaleido: step {number + 1} changed nothing", file=sys.stderr)
     print(f"{len(steps)} step(s) of edits, {len(output.images)} pictures: {args.out}")
+    return 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    if args.document is not None or args.steps is not None or args.script is not None:
+        raise UserError("edit: --session DIR has its own edits; give no document and no edits")
+    arguments.need_folder(args.session, "--session")
+    arguments.need_folder(args.checkpoint, "--checkpoint")
+
+    import jax
+
+    from kaleido_jax import generate, mesh, session_folder
+
+    pictures = session_folder.read_session(args.session)
+    # On one device, as on the page: how rows are split decides the order of sums.
+    alone = mesh.make_mesh(devices=jax.local_devices()[:1])
+    pipe = generate.Pipeline.from_pretrained(args.checkpoint, alone)
+    differ = session_folder.replay(pipe, args.session, args.out)
+    for name in differ:
+        print(f"kaleido: {args.out / name} differs from {args.session / name}", file=sys.stderr)
+    same = len(pictures) - len(differ)
+    print(f"{same} of {len(pictures)} pictures to the same bytes: {args.out}")
+    return 1 if differ else 0

@@ -91,6 +91,33 @@ class EditMethods:
             document, latents=redrawn.latents, decoding=decoding, log_prob=redrawn.log_prob
         )
 
+    def edit_document(
+        self,
+        document: LatentDocument,
+        step: editing.Step,
+        *,
+        seed: int = 0,
+        number: int = 0,
+        candidates: int = 16,
+        **settings: Any,
+    ) -> LatentDocument:
+        """A document after one step of edits, latents drawn anew included; no picture is made.
+
+        Args:
+          step: a list of (verb, argument) as editing.py has them.
+          seed, number: decide what is drawn anew; `number` is that of the step in its sequence.
+          candidates, settings: as `resample`.
+
+        Raises:
+          UserError: an edit that cannot be made.
+        """
+        changed = editing.apply(document, step)
+        if free := editing.free_latents(step, self.names):
+            changed = self.resample(
+                changed, free, seed=seed, step=number, candidates=candidates, **settings
+            )
+        return changed
+
     def edit(
         self,
         document: LatentDocument,
@@ -115,10 +142,14 @@ class EditMethods:
         """
         documents = [document]
         for number, step in enumerate(steps):
-            changed = editing.apply(documents[-1], step)
-            if free := editing.free_latents(step, self.names):
-                changed = self.resample(
-                    changed, free, seed=seed, step=number, candidates=candidates, **settings
+            documents.append(
+                self.edit_document(
+                    documents[-1],
+                    step,
+                    seed=seed,
+                    number=number,
+                    candidates=candidates,
+                    **settings,
                 )
-            documents.append(changed)
+            )
         return self.render(documents, batch_size=batch_size, **settings)

@@ -53,6 +53,7 @@ class Pipeline(EditMethods):
       config: the model's config.
       defaults: sampling settings of the config.
       names: the latents that the model writes, in order; () is the MDM baseline.
+      checkpoint_hash: of the checkpoint or export, as in its documents.
     """
 
     def __init__(self, bundle: bundle_lib.Bundle, mesh: Mesh | None = None):
@@ -64,10 +65,11 @@ class Pipeline(EditMethods):
         config = self.config = bundle.config
         self.defaults = Settings.of_config(config)
         self.names = tuple(config.latents)
+        self.checkpoint_hash = bundle.fingerprint.replace(" ", "-")
         self._vocabulary = bundle.vocabulary
         self._hashes = {
             "model_config_hash": config_lib.fingerprint(config),
-            "checkpoint_hash": bundle.fingerprint.replace(" ", "-"),
+            "checkpoint_hash": self.checkpoint_hash,
         }
         self._runner = Runner(config, bundle.params, mesh)
         self._allowed = None
@@ -122,8 +124,9 @@ class Pipeline(EditMethods):
             return hub.upload(folder, name, private, message)
 
     def _bundle(self) -> bundle_lib.Bundle:
-        made_from = self._hashes["checkpoint_hash"]
-        return bundle_lib.Bundle(self.config, self._runner.params, self._vocabulary, made_from)
+        return bundle_lib.Bundle(
+            self.config, self._runner.params, self._vocabulary, self.checkpoint_hash
+        )
 
     def __call__(
         self,

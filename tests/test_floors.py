@@ -35,7 +35,8 @@ GROUPS = {
         "training": "dry_run losses optim runlog warm_start train training_loop",
         "generation": (
             "batches decode diverse edit_methods editing generate grammar guidance outputs"
-            " resampling runner samplers settings stablehlo stages thresholds written"
+            " resampling runner samplers session_folder settings stablehlo stages thresholds"
+            " written"
         ),
         "interop": "interop",
     },
@@ -45,7 +46,7 @@ GROUPS = {
     4: {
         "command line": (
             "cli cli_arguments cli_annotate cli_bench cli_build cli_doctor cli_dry_run cli_edit "
-            "cli_tasks cli_train cli_weights"
+            "cli_serve cli_tasks cli_train cli_weights"
         ),
         "page": "ui",
         "demo": "demo",
@@ -68,7 +69,7 @@ ALLOWED = {
     ("annotate", "data"),  # it reads the same shards and crops as training does
     ("annotate", "models.voken_tokenizer"),
     ("cli", "demo"),  # a verb starts the demo and the page, lazily
-    ("cli", "ui"),
+    ("cli_serve", "ui"),
 }
 
 # Where the heavy libraries may be imported. A star means at any level of the module, otherwise

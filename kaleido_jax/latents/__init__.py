@@ -5,6 +5,7 @@ from __future__ import annotations
 from kaleido_jax.latents.document import (
     LatentDocument,
     load_document,
+    png_bytes,
     read_png,
     save_document,
     save_png,
@@ -35,6 +36,7 @@ __all__ = [
     "latent_type",
     "load_document",
     "panel",
+    "png_bytes",
     "read_png",
     "save_document",
     "save_png",

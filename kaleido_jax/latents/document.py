@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import numbers
@@ -329,20 +330,30 @@ def save_document(path: str | os.PathLike, document: LatentDocument) -> None:
     _write_beside(Path(path), lambda file: file.write(text))
 
 
-def save_png(
-    path: str | os.PathLike, image: UInt8[np.ndarray, "height width 3"], document: LatentDocument
-) -> None:
-    """Writes the picture as PNG with its document inside.
+def png_bytes(
+    image: UInt8[np.ndarray, "height width 3"], document: LatentDocument, where: object = "PNG"
+) -> bytes:
+    """The picture as PNG with its document inside; equal inputs give equal bytes.
 
-    Raises: LatentTypeError if `image` is not uint8 [H, W, 3]; DocumentError if it has more than
-    16 million pixels or `path` cannot be written.
+    Raises: LatentTypeError if `image` is not uint8 [H, W, 3]; DocumentError, naming `where`, if it
+    has more than 16 million pixels.
     """
     picture = Image.fromarray(check_picture(image))
     if picture.width * picture.height > MAX_PIXELS:
-        raise DocumentError(f"{path}: the picture has more than {MAX_PIXELS} pixels")
+        raise DocumentError(f"{where}: the picture has more than {MAX_PIXELS} pixels")
     text = PngImagePlugin.PngInfo()
     text.add_itxt(PNG_KEY, document.to_json())
-    _write_beside(Path(path), lambda file: picture.save(file, format="PNG", pnginfo=text))
+    file = io.BytesIO()
+    picture.save(file, format="PNG", pnginfo=text)
+    return file.getvalue()
+
+
+def save_png(
+    path: str | os.PathLike, image: UInt8[np.ndarray, "height width 3"], document: LatentDocument
+) -> None:
+    """Writes `png_bytes`. Raises as it does, and DocumentError if `path` cannot be written."""
+    data = png_bytes(image, document, path)
+    _write_beside(Path(path), lambda file: file.write(data))
 
 
 def read_png(

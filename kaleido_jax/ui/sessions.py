@@ -1,0 +1,184 @@
+"""What each person has made: a tree of pictures per session, all of it bounded.
+
+A session is known by a key that only its owner has; nothing else leads to it. Sessions that were
+not used for longest make room for new ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+
+from kaleido_jax.errors import UserError
+from kaleido_jax.latents import LatentDocument
+from kaleido_jax.session_folder import Change, Picture
+
+MAX_SESSIONS = 128
+MAX_PICTURES = 200
+MAX_BYTES = 2**26  # of pixels, each session
+IDLE_SECONDS = 4 * 3600.0
+
+
+class Session:
+    """The pictures of one person, in the order in which they came, each knowing its parent.
+
+    Attributes:
+      key: whose it is.
+      pictures: all of them; picture i has the number i.
+      current: number of the picture that is being edited; None at first.
+    """
+
+    def __init__(self, key: str, seen: float = 0.0):
+        self.key, self.seen = key, seen
+        self.pictures: list[Picture] = []
+        self.current: int | None = None
+        self._undone: list[int] = []
+
+    def check_room(self, count: int, shape: Sequence[int]) -> None:
+        """Raises UserError unless `count` more pictures of this shape have room."""
+        held = sum(picture.image.nbytes for picture in self.pictures)
+        if (
+            len(self.pictures) + count > MAX_PICTURES
+            or held + count * int(np.prod(shape)) > MAX_BYTES
+        ):
+            raise UserError(
+                f"your history is full ({len(self.pictures)} pictures); "
+                "download it, then empty it under History"
+            )
+
+    def add_drawn(
+        self,
+        images: UInt8[np.ndarray, "n height width 3"],
+        documents: Sequence[LatentDocument],
+        batch_size: int,
+    ) -> list[Picture]:
+        """Adds pictures that were drawn in one batch; the first becomes the current one."""
+        self.check_room(len(images), images.shape[1:])
+        first = len(self.pictures)
+        together = tuple(range(first, first + len(images)))
+        made = [
+            Picture(number, image, document, together=together, batch_size=batch_size)
+            for number, image, document in zip(together, images, documents, strict=True)
+        ]
+        self.pictures += made
+        self.go(first)
+        return made
+
+    def add_edited(
+        self,
+        parent: int,
+        change: Change,
+        image: UInt8[np.ndarray, "height width 3"],
+        document: LatentDocument,
+    ) -> Picture:
+        """Adds what a change made of a picture, as a branch of it; it becomes the current one."""
+        self.check_room(1, image.shape)
+        self.picture(parent)
+        return self._add(Picture(len(self.pictures), image, document, parent, change))
+
+    def add_opened(
+        self, image: UInt8[np.ndarray, "height width 3"], document: LatentDocument
+    ) -> Picture:
+        """Adds a picture from a file; it becomes the current one."""
+        self.check_room(1, image.shape)
+        return self._add(Picture(len(self.pictures), image, document))
+
+    def _add(self, picture: Picture) -> Picture:
+        self.pictures.append(picture)
+        self.go(picture.number)
+        return picture
+
+    def picture(self, number: object) -> Picture:
+        """The picture of this number. Raises UserError if this session has none such."""
+        if type(number) is not int or not 0 <= number < len(self.pictures):
+            raise UserError("this picture is not in your history")
+        return self.pictures[number]
+
+    def now(self) -> Picture:
+        """The current picture. Raises UserError if there is none."""
+        if self.current is None:
+            raise UserError("there is no picture yet; draw or open one first")
+        return self.pictures[self.current]
+
+    def go(self, number: int) -> Picture:
+        """Makes a picture the current one: what is edited next branches off from it."""
+        self.current = self.picture(number).number
+        self._undone.clear()
+        return self.pictures[number]
+
+    def undo(self) -> Picture:
+        """Goes back to the picture that the current one was edited from. Raises UserError."""
+        parent = self.now().parent
+        if parent is None:
+            raise UserError("there is nothing to undo: this picture was not edited")
+        self._undone.append(self.current)
+        self.current = parent
+        return self.pictures[parent]
+
+    def redo(self) -> Picture:
+        """Takes the last undo back. Raises UserError if there was none."""
+        if not self._undone:
+            raise UserError("there is nothing to do again")
+        self.current = self._undone.pop()
+        return self.pictures[self.current]
+
+    def depth(self, number: int) -> int:
+        """Edits between a picture and the one that it began with."""
+        depth, parent = 0, self.picture(number).parent
+        while parent is not None:
+            depth, parent = depth + 1, self.pictures[parent].parent
+        return depth
+
+    def clear(self) -> None:
+        """Forgets all pictures."""
+        self.pictures, self.current = [], None
+        self._undone.clear()
+
+    def copy(self) -> list[Picture]:
+        """The pictures as they are now, for a thread that writes them."""
+        return [dataclasses.replace(picture) for picture in self.pictures]
+
+
+class Sessions:
+    """All sessions by their keys."""
+
+    def __init__(
+        self,
+        limit: int = MAX_SESSIONS,
+        idle: float = IDLE_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """At most `limit` sessions, none unused for more than `idle` seconds."""
+        self._limit, self._idle, self._clock = limit, idle, clock
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def get(self, key: str | None) -> Session:
+        """The session of this key, a new one if there is none. Raises UserError without a key."""
+        if not key or len(key) > 200:
+            raise UserError("this request belongs to no session; reload the page")
+        with self._lock:
+            now = self._clock()
+            session = self._sessions.setdefault(key, Session(key, now))
+            session.seen = now
+            self._sessions.move_to_end(key)
+            while len(self._sessions) > self._limit or self._oldest_is_idle(now):
+                self._sessions.popitem(last=False)
+            return session
+
+    def close(self, key: str) -> None:
+        """Forgets a session."""
+        with self._lock:
+            self._sessions.pop(key, None)
+
+    def _oldest_is_idle(self, now: float) -> bool:
+        return now - next(iter(self._sessions.values())).seen > self._idle
