@@ -150,8 +150,8 @@ PARTS = st.lists(
 def test_whatever_the_editor_sends_is_valid_or_refused(parts):
     try:
         string = bounds.read_shapes("bbox", parts)
-    except UserError as error:
-        assert "\n" not in str(error)
+    except UserError:
+        pass  # nothing else may be raised
     else:
         assert LATENTS["bbox"].write(LATENTS["bbox"].parse(string)) == string
 
