@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from kaleido_jax import bundle, config, train, training_loop, warm_start
+from kaleido_jax import bundle, checkpoint, config, train, training_loop, warm_start
 from kaleido_jax.errors import UserError
 from kaleido_jax.interop import imports
 from tests import foreign
@@ -140,3 +140,56 @@ def test_what_does_not_fit_is_listed(weights, tmp_path):
         warm_start.warm_start({}, None, [str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="none of the model's parts"):
         warm_start.warm_start({}, None, [str(weights / "t5")])
+
+
+def test_a_run_at_low_resolution_goes_on_inside_a_nested_network(tmp_path):
+    """Progressive training (App. B.2): parameters and average of the workdir, each to its own."""
+    low = tiny_config("data.image_size=16")
+    trainer = train.Trainer(low, jax.devices()[:1])
+    draws = np.random.default_rng(0)
+    state = jax.tree.map(
+        lambda leaf: draws.normal(0, 0.3, leaf.shape).astype(leaf.dtype), trainer.abstract_state()
+    )
+    workdir = tmp_path / "low"
+    bundle.start_workdir(workdir, low, bundle.make_vocabulary(low))
+    checkpoint.Checkpoints(workdir).save(7, state.as_dict(), {"step": 7})
+
+    high = tiny_config(nested=True)
+    with high.unlocked():
+        high.init_from = (str(workdir),)
+    nested = train.Trainer(high, jax.devices()[:1])
+    fresh = nested.abstract_state()
+    fresh = jax.tree.map(
+        lambda leaf: jax.device_put(np.full(leaf.shape, 0.5, leaf.dtype), leaf.sharding), fresh
+    )
+    said = []
+    started = training_loop._start_from(fresh, high, said.append)
+    for kind in ("params", "ema"):
+        new, old = getattr(started, kind), getattr(state, kind)
+        for part in ("text_encoder", "latent_decoder"):
+            jax.tree.map(np.testing.assert_array_equal, new[part], old[part])
+        jax.tree.map(np.testing.assert_array_equal, new["denoiser"]["inner"], old["denoiser"])
+        assert {float(x.min()) for x in jax.tree.leaves(new["denoiser"]["outer"])} == {0.5}
+    assert any(line.startswith("denoiser") and "start anew" in line for line in said)
+
+    # With nothing from the outer network, the inner one predicts what it did alone.
+    batch = train.make_loader(high, bundle.make_vocabulary(high)).batch(0)
+    noise = draws.normal(size=(8, 16, 16, 3)).astype(np.float32)
+    above = draws.normal(size=(8, 32, 32, 3)).astype(np.float32)
+    times = np.linspace(0, 999, 8, dtype=np.float32)
+
+    def predict(model, params, pyramid):
+        tokens = (batch.caption_tokens, batch.latent_tokens)
+        return jax.jit(model.apply)({"params": params}, *tokens, pyramid, times)[-1]
+
+    def with_way_in(value):
+        denoiser = {**started.params["denoiser"]}
+        denoiser["to_inner"] = jax.tree.map(
+            lambda x: np.full(x.shape, value, x.dtype), denoiser["to_inner"]
+        )
+        return {**started.params, "denoiser": denoiser}
+
+    alone = predict(trainer.model, state.params, (noise,))
+    inside = predict(nested.model, with_way_in(0.0), (above, noise))
+    np.testing.assert_allclose(inside, alone, rtol=1e-5, atol=1e-5)
+    assert np.abs(predict(nested.model, with_way_in(0.1), (above, noise)) - alone).max() > 0.1
