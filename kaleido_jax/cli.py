@@ -151,6 +151,10 @@ def train(args: argparse.Namespace) -> None:
         return
     if args.workdir is None:
         raise UserError("train: --workdir DIR is needed (or --dry-run)")
+    from kaleido_jax import distributed
+
+    # Before anything asks for devices: the others' would be missing.
+    distributed.start(os.environ, lambda line: print(line, flush=True))
     from kaleido_jax import cli_train, training_loop
 
     hook = cli_train.sample_hook(config) if config.train.sample_every else None

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from kaleido_jax import bundle, generate
+from kaleido_jax import bundle, generate, mesh
 from kaleido_jax.data import RecordError, Source, make_source
 from kaleido_jax.errors import UserError
 from kaleido_jax.prompts import clean_prompt
@@ -37,7 +38,9 @@ def sample_hook(
         del step
         if config.data.channels != 3:
             return None
-        output = generate.Pipeline(model)(captions, num_images=1, seed=config.seed)
+        # Of several processes one draws, on its own devices.
+        devices = mesh.make_mesh(devices=jax.local_devices())
+        output = generate.Pipeline(model, devices)(captions, num_images=1, seed=config.seed)
         return generate.grid(output.images)
 
     return draw
