@@ -19,6 +19,7 @@ from kaleido_jax import (
     cli_bench,
     cli_build,
     cli_edit,
+    cli_evaluate,
     cli_serve,
     cli_tasks,
     cli_weights,
@@ -213,6 +214,7 @@ VERBS = {
     "edit": (cli_edit.add_edit, cli_edit.edit),
     "serve": (cli_serve.add_serve, cli_serve.serve),
     "import": (cli_weights.add_import, cli_weights.import_weights),
+    "evaluate": (cli_evaluate.add_evaluate, cli_evaluate.evaluate),
     "export": (cli_weights.add_export, cli_weights.export_weights),
 }
 BEAM_VERBS = ("annotate", "build")

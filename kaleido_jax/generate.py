@@ -94,6 +94,14 @@ class Pipeline(EditMethods):
             folder = hub.download(folder)
         return cls(bundle_lib.load(folder), mesh)
 
+    def describe(self) -> dict[str, Any]:
+        """Hashes of checkpoint and config, the latents, and the decay of averaged parameters."""
+        return {
+            **self._hashes,
+            "latents": list(self.names),
+            "ema_decay": self.config.optim.ema_decay,
+        }
+
     def save_pretrained(self, folder: str | os.PathLike, dtype: str = "float32") -> pathlib.Path:
         """Writes an export folder: safetensors, config, tokenizer, model card, manifest.
 
@@ -165,14 +173,15 @@ class Pipeline(EditMethods):
         num_images: int = 1,
         *,
         seed: int = 0,
-        first_index: int = 0,
+        first_index: int | Sequence[int] = 0,
         batch_size: int | None = None,
         **settings: Any,
     ) -> list[LatentDocument]:
         """The documents of `__call__` without their pictures: z ~ p(z | c), to read or edit.
 
-        Arguments as `__call__`. A document whose z stayed unfinished or invalid in all draws
-        holds what of it is valid, and says so under `decoding['problems']`.
+        Arguments as `__call__`, but that `first_index` may be one for each prompt. A document whose
+        z stayed unfinished or invalid in all draws holds what of it is valid, and says so under
+        `decoding['problems']`.
         """
         return self._draw(prompts, num_images, seed, first_index, batch_size, settings)[0]
 
@@ -242,7 +251,7 @@ class Pipeline(EditMethods):
         prompts: str | Sequence[str],
         num_images: int,
         seed: int,
-        first_index: int,
+        first_index: int | Sequence[int],
         batch_size: int | None,
         settings: Mapping[str, Any],
     ) -> tuple[list[LatentDocument], list[str]]:
@@ -253,7 +262,12 @@ class Pipeline(EditMethods):
         check_range("num_images", num_images, 1, MAX_PICTURES)
         check_count(len(prompts) * num_images, "pictures")
         check_range("seed", seed, 0, MAX_SEED)
-        check_range("first_index", first_index, 0, MAX_INDEX - num_images)
+        one = isinstance(first_index, (int, np.integer))
+        firsts = [first_index] * len(prompts) if one else list(first_index)
+        if len(firsts) != len(prompts):
+            raise UserError(f"{len(firsts)} values of first_index for {len(prompts)} prompts")
+        for first in firsts:
+            check_range("first_index", first, 0, MAX_INDEX - num_images)
         chosen = self.defaults.replace(settings)
         count = len(prompts) * num_images
         batch = self._runner.batch_size(batch_size, count)
@@ -262,12 +276,12 @@ class Pipeline(EditMethods):
                 caption=prompt,
                 latents={},
                 seed=seed,
-                sample_index=first_index + i,
+                sample_index=int(first) + i,
                 batch_size=batch,
                 **self._hashes,
                 **chosen.denoising(),
             )
-            for prompt in prompts
+            for prompt, first in zip(prompts, firsts, strict=True)
             for i in range(num_images)
         ]
         if not self.names:

@@ -46,7 +46,7 @@ GROUPS = {
     4: {
         "command line": (
             "cli cli_arguments cli_annotate cli_bench cli_build cli_doctor cli_dry_run cli_edit "
-            "cli_serve cli_tasks cli_train cli_weights"
+            "cli_evaluate cli_serve cli_tasks cli_train cli_weights"
         ),
         "page": "ui",
         "demo": "demo",

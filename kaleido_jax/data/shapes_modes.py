@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 from jaxtyping import Float
 
-from kaleido_jax.data.shapes import FACTORS, TABLES, THEMES
+from kaleido_jax.data.shapes import FACTORS, TABLES, THEMES, Scene
 from kaleido_jax.data.shapes_text import parse_caption
 from kaleido_jax.errors import UserError
 
@@ -81,6 +81,20 @@ def guided_marginal(
     """
     conditional = mode_probabilities(caption, factor)
     return tilt(conditional, TABLES[factor].mean(0), guidance_weight)
+
+
+def acceptance(scene: Scene, guidance_weight: float) -> float:
+    """(p(m | c) / p(m))^(gamma - 1) of a scene's modes m, divided by the largest that there can be.
+
+    Keeping scenes of the data with this probability leaves what `guided_joint` says. p(m) is the
+    mean over the four themes, so the ratio is at most 4. For weights of 1 and more.
+    """
+    pairs = [("shape", item.shape) for item in scene.objects] + [("background", scene.background)]
+    if scene.layout is not None:
+        pairs.append(("layout", scene.layout))
+    joint = np.prod([TABLES[name][:, mode] for name, mode in pairs], axis=0)
+    ratio = joint[scene.theme] / joint.mean()
+    return float((ratio / len(THEMES)) ** (guidance_weight - 1))
 
 
 def tilt(

@@ -1,0 +1,132 @@
+"""All metrics of one set of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kaleido_jax.data import shapes_detector
+from kaleido_jax.errors import UserError
+from kaleido_jax.evaluate import adherence, modes
+from kaleido_jax.evaluate.features import Feature
+from kaleido_jax.evaluate.pictures import Pictures
+from kaleido_jax.evaluate.protocols import Protocol
+from kaleido_jax.evaluate.references import References
+from kaleido_jax.evaluate.results import entry
+from kaleido_jax.metrics import bootstrap, diversity, frechet, neighbours
+from kaleido_jax.metrics.rows import Rows
+
+KS = (3, 5)
+NEIGHBOURS = ("precision", "recall", "density", "coverage")
+# Name -> what it is. `fid` is the Frechet distance of whatever feature is chosen.
+METRICS = {
+    "fid": "Frechet distance to the references",
+    **dict.fromkeys(NEIGHBOURS, "by nearest neighbours, k = 3 and 5"),
+    "is": "Inception score (needs a feature with classes)",
+    "vendi": "Vendi score, the effective number of different pictures",
+    "similarity": "mean cosine of two pictures of one caption",
+    "adherence": "how well pictures follow their latents",
+    "tv": "total variation of modes to the true tables (shapes)",
+}
+Say = Callable[[str], None]
+Entries = dict[str, dict[str, Any]]
+
+
+def choose(names: Sequence[str] | None, feature: Feature, data: str) -> tuple[str, ...]:
+    """The metrics to compute; by default all that feature and data allow.
+
+    Raises:
+      UserError: an unknown name, or one that cannot be.
+    """
+    for name in names or ():
+        if name not in METRICS:
+            raise UserError(f"no metric {name!r}; one of {', '.join(METRICS)}")
+    impossible = {
+        "is": "" if feature.classes else f"feature {feature.name!r} has no classes",
+        "tv": "" if data == "shapes" else f"the modes of {data!r} are not known",
+    }
+    for name in names or ():
+        if impossible.get(name):
+            raise UserError(f"metric {name!r}: {impossible[name]}")
+    return tuple(n for n in METRICS if (n in names if names else not impossible.get(n)))
+
+
+def by_features(
+    names: Sequence[str],
+    features: Rows,
+    logits: Rows,
+    captions: Sequence[str],
+    references: References,
+    protocol: Protocol,
+    seed: int,
+    say: Say,
+) -> Entries:
+    """Entries of the metrics that compare features; `seed` is of the intervals."""
+    found: Entries = {}
+    count, draws = len(features), protocol.bootstrap
+
+    def interval_of(statistic: Callable[[np.ndarray], float]) -> tuple[float, tuple]:
+        return bootstrap.of_statistic(statistic, count, draws, seed)
+
+    if "fid" in names:
+        say(f"FID of {count:,} pictures, {draws} resamples")
+        root = frechet.square_root(references.moments.covariance)
+
+        def fid(counts: np.ndarray) -> float:
+            ours = frechet.moments(features, counts)
+            return frechet.frechet_distance(references.moments, ours, root)
+
+        found["fid"] = entry(*interval_of(fid), count, references=references.moments.count)
+    chosen = [name for name in NEIGHBOURS if name in names]
+    if chosen:
+        real = references.features.head(protocol.neighbours or len(references.features))
+        say(f"neighbours of {count:,} and {len(real):,} pictures")
+        for k, manifold in neighbours.manifolds(real, features, KS).items():
+            for name in chosen:
+                value = bootstrap.of_mean(getattr(manifold, name), draws, seed)
+                found[f"{name}_{k}"] = entry(*value, count, references=len(real), k=k)
+    if "is" in names:
+        splits = min(protocol.splits, count)
+        value = interval_of(lambda c: diversity.inception_score(logits, splits, c))
+        found["is"] = entry(*value, count, splits=splits)
+    if "vendi" in names:
+        say(f"Vendi score, {draws} resamples")
+        found["vendi"] = entry(*interval_of(lambda c: diversity.vendi_score(features, c)), count)
+    if "similarity" in names:
+        pairs = diversity.similarity_within(features, captions)
+        value = bootstrap.of_mean(pairs, draws, seed)
+        found["similarity"] = entry(*value, count, captions=len(pairs))
+    return found
+
+
+def by_reading(
+    names: Sequence[str],
+    pictures: Pictures,
+    detectors: Sequence[adherence.Detector],
+    weight: float,
+    draws: int,
+    seed: int,
+) -> tuple[Entries, Entries, dict[str, Any], list[str]]:
+    """Entries of modes and of adherence, the tables of modes, and the captions of all pictures."""
+    captions: list[str] = []
+    judged: list[adherence.Found] = []
+    read: dict[str, list[np.ndarray]] = {}
+    for images, documents in pictures:
+        texts = [document.caption for document in documents]
+        captions += texts
+        if "adherence" in names:
+            judged += [detector.judge(images, documents) for detector in detectors]
+        if "tv" in names:
+            for name, values in shapes_detector.read_modes(images, texts).items():
+                read.setdefault(name, []).append(values)
+    found, tables = {}, {}
+    if read:
+        together = {name: np.concatenate(values) for name, values in read.items()}
+        found, tables = modes.measure(together, captions, weight, draws, seed, entry)
+    followed = {
+        name: entry(*bootstrap.of_mean(np.array(values), draws, seed), len(values))
+        for name, values in adherence.merge(judged).items()
+    }
+    return found, followed, tables, captions

@@ -1,0 +1,96 @@
+"""Results: a JSON line each, in a file that grows by whole lines only."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from kaleido_jax import checkpoint
+from kaleido_jax.errors import UserError
+from kaleido_jax.runlog import tensorboard_writer
+
+RESULTS = "results.jsonl"
+
+
+def entry(value: float, bounds: tuple[float, float], samples: int, **more: Any) -> dict[str, Any]:
+    """A value as a result says it: with its interval and what it was computed from."""
+    return {"value": value, "low": bounds[0], "high": bounds[1], "samples": samples, **more}
+
+
+def plain(value: Any) -> Any:
+    """A copy for JSON: numbers with nine digits, NaN and infinity as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.9g}") if math.isfinite(value) else None
+    return value
+
+
+def identify(what: Mapping[str, Any]) -> str:
+    """A short hash of what shapes a result."""
+    text = json.dumps(plain(what), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_results(path: pathlib.Path) -> list[dict[str, Any]]:
+    """All results of a file, [] where there is none.
+
+    Raises:
+      UserError: a line that is no result.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    found = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            result = json.loads(line)
+            result["id"], result["metrics"].items()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} line {number} is no result of `kaleido evaluate`") from error
+        found.append(result)
+    return found
+
+
+def append(path: pathlib.Path, result: Mapping[str, Any]) -> None:
+    """Adds a line, beside and renamed, unless a result of the same id is there.
+
+    Raises:
+      UserError: the file cannot be written or holds other things.
+    """
+    line = json.dumps(plain(result), allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(f".{path.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # short: another one writes a line
+            if any(old["id"] == result["id"] for old in read_results(path)):
+                return
+            before = path.read_bytes() if path.exists() else b""
+            if before and not before.endswith(b"\n"):
+                before += b"\n"
+            checkpoint.write_bytes(path, before + line.encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_tensorboard(
+    folder: pathlib.Path, result: Mapping[str, Any], step: int, say: Callable[[str], None]
+) -> None:
+    """Writes a result's values as TensorBoard scalars, where clu is installed."""
+    writer = tensorboard_writer(folder, say)
+    if writer is None:
+        return
+    name = f"{result['subject']}/guidance_{result['guidance_weight']}/seed_{result['seed']}"
+    values = {f"{name}/{k}": v["value"] for k, v in result["metrics"].items()}
+    writer.write_scalars(step, {k: v for k, v in values.items() if v is not None})
+    writer.close()

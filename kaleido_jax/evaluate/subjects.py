@@ -1,0 +1,152 @@
+"""Whose pictures are measured: a model's, true ones, or those of a perfect guided model.
+
+Picture i is the same whatever part, batch or host it is made in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import UInt8
+
+from kaleido_jax.data import shapes, shapes_text
+from kaleido_jax.data.shapes_modes import acceptance
+from kaleido_jax.errors import UserError
+from kaleido_jax.evaluate.data import Data
+from kaleido_jax.generate import Pipeline
+from kaleido_jax.latents import LatentDocument
+
+Drawn = tuple[UInt8[np.ndarray, "n h w 3"], list[LatentDocument]]
+# Seeds of the ceiling and the theory take their pictures this far apart.
+_STRIDE = 100_003
+
+
+class Subject(Protocol):
+    """Draws pictures by number.
+
+    Attributes:
+      identity: everything that shapes them, for JSON; equal ones give equal pictures.
+      label: for people.
+    """
+
+    identity: dict[str, Any]
+    label: str
+
+    def draw(self, numbers: Sequence[int]) -> Drawn:
+        """Pictures and their documents."""
+
+
+class Model:
+    """A model's pictures for held-out captions; picture i has the random numbers of index i."""
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        data: Data,
+        settings: dict[str, Any],
+        seed: int,
+        per_caption: int,
+        batch_size: int,
+    ):
+        """Checks the settings; raises UserError where they are out of bounds."""
+        self._pipe, self._data, self._settings = pipe, data, settings
+        self._seed, self._each, self._batch = seed, per_caption, batch_size
+        chosen = pipe.defaults.replace(settings)
+        self.label = f"guidance {chosen.guidance_weight:g}, seed {seed}"
+        self.identity = {
+            "subject": "model",
+            **pipe.describe(),
+            "settings": dataclasses.asdict(chosen),
+            "seed": seed,
+            "captions": data.describe(),
+            "data": data.fingerprint(),
+            "per_caption": per_caption,
+            "batch_size": batch_size,
+        }
+
+    def draw(self, numbers: Sequence[int]) -> Drawn:
+        captions = [self._data.held_out(i // self._each)["caption"] for i in numbers]
+        documents = self._pipe.draw_latents(
+            captions,
+            seed=self._seed,
+            first_index=list(numbers),
+            batch_size=self._batch,
+            **self._settings,
+        )
+        output = self._pipe.render(documents, batch_size=self._batch)
+        return output.images, output.documents
+
+
+class Truth:
+    """True pictures with their true latents: the ceiling of every metric."""
+
+    def __init__(self, data: Data, latents: Sequence[str], seed: int):
+        self._data, self._latents, self._seed = data, tuple(latents), seed
+        self.label = f"true pictures, seed {seed}"
+        self.identity = {
+            "subject": "truth",
+            "latents": list(latents),
+            "seed": seed,
+            "captions": data.describe(),
+            "data": data.fingerprint(),
+        }
+
+    def draw(self, numbers: Sequence[int]) -> Drawn:
+        first = self._seed * _STRIDE if self._data.name == "shapes" else 0
+        examples = [self._data.held_out(first + i) for i in numbers]
+        documents = [
+            LatentDocument(
+                example["caption"],
+                {name: string for name, string in example["latents"].items() if string},
+                sample_index=i,
+            )
+            for i, example in zip(numbers, examples, strict=True)
+        ]
+        return np.stack([example["image"] for example in examples]), documents
+
+
+class Theory:
+    """What a perfect guided model without latents draws of shapes (Eq. 6).
+
+    Scenes of held-out captions are drawn until one is accepted with probability proportional to
+    (p(m | c) / p(m))^(gamma - 1), m all its modes (shapes_modes.acceptance).
+    """
+
+    def __init__(self, data: Data, weight: float, seed: int):
+        """Raises UserError for other data than shapes."""
+        if data.name != "shapes":
+            raise UserError(f"--theory: known for shapes only, not for {data.name!r}")
+        if weight < 1:
+            raise UserError(f"--theory: guidance {weight:g}; it is drawn for weights of 1 and more")
+        self._source, self._weight, self._seed = data.held_out_source, weight, seed
+        self.label = f"theory, guidance {weight:g}, seed {seed}"
+        self.identity = {
+            "subject": "theory",
+            "settings": {"guidance_weight": weight},
+            "seed": seed,
+            "captions": data.describe(),
+        }
+
+    def draw(self, numbers: Sequence[int]) -> Drawn:
+        scenes = [self._scene(i) for i in numbers]
+        documents = [
+            LatentDocument(shapes_text.caption(scene), {}, guidance_weight=self._weight)
+            for scene in scenes
+        ]
+        return np.stack([shapes.render(s, self._source.size) for s in scenes]), documents
+
+    def _scene(self, number: int) -> shapes.Scene:
+        source = self._source
+        wanted = source.scene(number % len(source))
+        draw = np.random.default_rng([self._seed, number])
+        for _ in range(100_000):
+            scene = shapes.make_scene(
+                int(draw.integers(2**32)), 0, source.num_objects, source.semi_axis
+            )
+            alike = (scene.theme, len(scene.objects)) == (wanted.theme, len(wanted.objects))
+            if alike and draw.random() < acceptance(scene, self._weight):
+                return scene
+        raise UserError(f"--theory: guidance {self._weight:g} is too strong to draw by chance")

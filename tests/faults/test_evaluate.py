@@ -1,0 +1,104 @@
+"""FAULTS 21: an evaluation killed at 60% goes on, draws no picture twice, and says the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from kaleido_jax import bundle, cli
+from tests.test_generate import _bundle, _config
+
+SAMPLES, BATCH, PARTS = 1000, 100, 10
+
+
+def words(checkpoint: pathlib.Path, out: pathlib.Path, *more: str) -> list[str]:
+    line = (
+        f"evaluate --checkpoint {checkpoint} --out {out} --samples {SAMPLES} --references 100"
+        f" --bootstrap 5 --batch-size {BATCH} --feature pixels --metrics fid,recall,similarity"
+    )
+    return [*line.split(), *more]
+
+
+def results(out: pathlib.Path) -> list[dict]:
+    lines = (out / "results.jsonl").read_text("utf-8").splitlines()
+    found = [json.loads(line) for line in lines]
+    for result in found:
+        del result["seconds"]
+    return found
+
+
+def checkpoint(tmp_path: pathlib.Path) -> pathlib.Path:
+    config = _config()
+    config.data.image_size = 32
+    return bundle.save(tmp_path / "model", _bundle(config))
+
+
+def start(line: list[str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "kaleido_jax.cli", *line],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def parts(out: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(out.glob("pictures/*/part_*.npz"))
+
+
+@pytest.mark.slow
+def test_killed_at_sixty_percent(tmp_path):
+    model = checkpoint(tmp_path)
+    process = start(words(model, tmp_path / "killed"))
+    limit = time.monotonic() + 200
+    while len(parts(tmp_path / "killed")) < 0.6 * PARTS:
+        assert process.poll() is None and time.monotonic() < limit, "it ended or stands still"
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    kept = parts(tmp_path / "killed")
+    assert len(kept) < PARTS
+    assert not (tmp_path / "killed" / "results.jsonl").exists()
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    # One of the parts is damaged too: it alone is made again.
+    damaged = kept[2]
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+
+    # The whole run, and the rest of the killed one, in processes like the killed one.
+    assert start(words(model, tmp_path / "whole")).wait(timeout=200) == 0
+    assert start(words(model, tmp_path / "killed")).wait(timeout=200) == 0
+    for path, when in before.items():
+        assert (path.stat().st_mtime_ns == when) == (path != damaged)
+    assert results(tmp_path / "killed") == results(tmp_path / "whole")
+    seeds = []
+    for one, other in zip(parts(tmp_path / "killed"), parts(tmp_path / "whole"), strict=True):
+        with np.load(one) as a, np.load(other) as b:
+            assert np.array_equal(a["images"], b["images"])
+            assert a["documents"].tobytes() == b["documents"].tobytes()
+            documents = [json.loads(line) for line in a["documents"].tobytes().splitlines()]
+            seeds += [(document["seed"], document["sample_index"]) for document in documents]
+    assert seeds == [(0, i) for i in range(SAMPLES)]
+
+
+def test_shards_share_the_work_and_the_last_measures(tmp_path, capsys):
+    """Two runs, each every second part; together the figures of one."""
+    model, out = checkpoint(tmp_path), tmp_path / "shards"
+    small = ("--samples", "150", "--batch-size", "50", "--steps", "1")
+    assert cli.main(words(model, out, *small, "--shard", "1/2")) == 0
+    assert not (out / "results.jsonl").exists()
+    assert len(parts(out)) == 1
+    assert cli.main(words(model, out, *small, "--shard", "0/2")) == 0
+    assert cli.main(words(model, tmp_path / "one", *small)) == 0
+    assert results(out) == results(tmp_path / "one")
+    # Again: nothing to do, no second line, the same answer.
+    assert cli.main(words(model, out, *small)) == 0
+    assert "already in" in capsys.readouterr().err
+    assert len(results(out)) == 1
