@@ -133,6 +133,11 @@ def get_config() -> ConfigDict:
     c.train.keep_checkpoints = 3
     c.train.sample_every = 10_000  # 0 = never
     c.train.num_samples = 16  # pictures of one sample grid
+    # What a run survives (docs/faults.md); none of these is the paper's.
+    c.train.max_bad_steps = 10  # dropped updates in a row that stop a run; 0 = never
+    c.train.skip_spike = 0.0  # drop a gradient above so many times its mean norm; 0 = never
+    c.train.watchdog_seconds = 1_800.0  # a step that takes longer ends the process; 0 = never
+    c.train.watchdog_patience = 7_200.0  # the same for compiling, saving and sampling
 
     c.optim = ConfigDict()
     c.optim.learning_rate = 1e-4  # App. B.2

@@ -41,6 +41,8 @@ FREE_FIELDS = (
     "train.keep_checkpoints",
     "train.sample_every",
     "train.num_samples",
+    "train.max_bad_steps",
+    "train.watchdog_",
     "mesh.",
     "sample.",
 )
@@ -64,32 +66,40 @@ def make_vocabulary(config: ConfigDict) -> Vocabulary:
     return Vocabulary.default(num_vokens=v.num_vokens)
 
 
-def start_workdir(workdir: pathlib.Path, config: ConfigDict, vocabulary: Vocabulary) -> None:
-    """Writes config and tokenizer into a new workdir, or holds an old one's config against it.
+def start_workdir(
+    workdir: pathlib.Path,
+    config: ConfigDict,
+    vocabulary: Vocabulary,
+    allow_change: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Writes config and tokenizer into a workdir; an old one's config is held against it before.
+
+    Args:
+      allow_change: take a config that differs in other fields than FREE_FIELDS too.
+      say: gets a line for each field that is taken with another value.
 
     Raises:
-      UserError: if the workdir was made by a config that differs in more than FREE_FIELDS.
+      UserError: the workdir was made by another config, or it cannot be written.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the workdir {workdir}: {error.strerror}") from error
     path = workdir / CONFIG
     if path.exists():
         old = config_lib.from_json(path.read_text(), str(path))
-        before, now = dict(config_lib.flatten(old)), dict(config_lib.flatten(config))
-        changed = [
-            f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key) and not key.startswith(FREE_FIELDS)
-        ]
-        if changed:
+        changed = config_lib.differences(old, config)
+        refused = [c for c in changed if not c[0].startswith(FREE_FIELDS)]
+        if refused and not allow_change:
+            told = "; ".join(f"{key}: {before!r} -> {now!r}" for key, before, now in refused)
             raise UserError(
-                f"{workdir} was made by another config; use a new workdir or the old values "
-                f"({'; '.join(changed[:5])}{'; ...' if len(changed) > 5 else ''})"
+                f"{workdir} was made by another config ({told}); use a new workdir or the old "
+                "values, or go on with the new ones by --allow-config-change"
             )
-    checkpoint.write_bytes(path, config_lib.to_json(config).encode())
-    checkpoint.write_bytes(workdir / TOKENIZER, vocabulary.model)
+        for key, before, now in changed:
+            say(f"config changed: {key}: {before!r} -> {now!r}")
+    try:
+        checkpoint.write_bytes(path, config_lib.to_json(config).encode())
+        checkpoint.write_bytes(workdir / TOKENIZER, vocabulary.model)
+    except OSError as error:
+        raise UserError(f"cannot write to the workdir {workdir}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

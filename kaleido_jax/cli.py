@@ -1,6 +1,7 @@
 """The command `kaleido`: one small function per verb, heavy imports inside them.
 
-Exit status: 0 done, 1 failed, 2 misuse (one line says what), 130 interrupted.
+Exit status: 0 done, 1 failed, 2 misuse (one line says what), 130 interrupted; of `train` also 75
+stopped by a signal after saving, 124 hung (docs/faults.md).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kaleido_jax import (
     cli_weights,
 )
 from kaleido_jax import cli_arguments as arguments
-from kaleido_jax.errors import UserError
+from kaleido_jax.errors import StopRun, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (`| head`) went away; keep the interpreter from flushing into the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except StopRun as stop:
+        return _say(str(stop), stop.status)
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -123,10 +126,10 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    """Reports devices, memory, versions and extras; 1 if something needed does not work."""
+    """Reports on the machine, or on a workdir's checkpoints; 1 if there is something to mend."""
     from kaleido_jax import cli_doctor
 
-    return cli_doctor.run()
+    return cli_doctor.run() if args.workdir is None else cli_doctor.check_workdir(args.workdir)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -159,7 +162,13 @@ def train(args: argparse.Namespace) -> None:
     from kaleido_jax import cli_train, training_loop
 
     hook = cli_train.sample_hook(config) if config.train.sample_every else None
-    training_loop.train(config, args.workdir, sample_hook=hook)
+    training_loop.train(
+        config,
+        args.workdir,
+        sample_hook=hook,
+        allow_config_change=args.allow_config_change,
+        start_anew=args.start_anew,
+    )
 
 
 def sample(args: argparse.Namespace) -> None:

@@ -49,14 +49,22 @@ def add_demo(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentP
 
 def add_doctor(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:
     """`kaleido doctor`."""
-    return add_verb(
+    parser = add_verb(
         verbs,
         name,
-        "report devices, memory, versions and extras, and what to mend",
+        "report devices, memory, versions and extras, or the state of a workdir",
         """
         kaleido doctor
+        kaleido doctor --workdir runs/shapes    # which checkpoints are whole, what to mend
         """,
     )
+    parser.add_argument(
+        "--workdir",
+        type=pathlib.Path,
+        metavar="DIR",
+        help="verify the checkpoints of a training run, file by file, instead of the machine",
+    )
+    return parser
 
 
 def add_train(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:
@@ -105,6 +113,16 @@ def add_train(verbs: argparse._SubParsersAction, name: str) -> argparse.Argument
         "--no-compile", action="store_true", help="dry run: leave out the compiler's memory plan"
     )
     parser.add_argument("--json", action="store_true", help="dry run: one JSON object on stdout")
+    parser.add_argument(
+        "--allow-config-change",
+        action="store_true",
+        help="go on in a workdir that another config made; the differences are shown",
+    )
+    parser.add_argument(
+        "--start-anew",
+        action="store_true",
+        help="start at step 0 where every checkpoint of the workdir is damaged",
+    )
     return parser
 
 

@@ -1,15 +1,17 @@
-"""`kaleido doctor`: what this machine offers and what is missing for which verb."""
+"""`kaleido doctor`: what this machine offers and what is missing, or the state of a workdir."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import os
+import pathlib
 import platform
 import re
 import shutil
 
 import kaleido_jax
+from kaleido_jax.errors import UserError
 
 # What each extra is for, and one module of each of its distributions that must be importable.
 EXTRAS = {
@@ -32,6 +34,40 @@ def run() -> int:
         print(f"to mend: {problem}")
     print("nothing to mend" if not problems else f"{len(problems)} to mend")
     return 1 if problems else 0
+
+
+def check_workdir(workdir: pathlib.Path) -> int:
+    """Verifies every checkpoint of a workdir against its manifest and prints what is whole.
+
+    Returns:
+      0, or 1 if a checkpoint is damaged or there is none.
+
+    Raises:
+      UserError: there is no such workdir.
+    """
+    from kaleido_jax.checkpoint import Checkpoints
+
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"{workdir} is not a workdir: it has no config.json")
+    checkpoints = Checkpoints(workdir)
+    problems = dict(checkpoints.problems())
+    for step, problem in sorted(problems.items()):
+        print(f"step {step}: {'whole' if problem is None else f'DAMAGED: {problem}'}")
+    whole = [step for step, problem in problems.items() if problem is None]
+    for path in checkpoints.leftovers():
+        print(f"left over: {path.name} (`kaleido train` removes it when no run is using it)")
+    for path in checkpoints.set_aside():
+        print(f"set aside: {path} (delete it when nothing of it is needed)")
+    for step in sorted(problems.keys() - set(whole)):
+        folder = checkpoints.step_folder(step)
+        print(f"to mend: put a copy of {folder} in its place, or delete it")
+    if not problems:
+        print("no checkpoint yet: training starts at step 0")
+    elif not whole:
+        print("no checkpoint is whole: `kaleido train` goes on only with --start-anew, at step 0")
+    else:
+        print(f"`kaleido train` goes on from step {max(whole)}")
+    return 0 if whole and len(whole) == len(problems) else 1
 
 
 def _versions() -> list[str]:

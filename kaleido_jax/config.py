@@ -161,6 +161,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         "train.num_steps",
         "train.log_every",
         "train.checkpoint_every",
+        "train.keep_checkpoints",
         "optim.learning_rate",
         "optim.clip_norm",
     )
@@ -174,6 +175,14 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"config key 'train.latent_weight' is {leaves['train.latent_weight']}; "
             "it must not be negative"
+        )
+    for name in ("train.max_bad_steps", "train.watchdog_seconds", "train.watchdog_patience"):
+        if leaves[name] < 0:
+            raise UserError(f"config key {name!r} is {leaves[name]}; it must not be negative")
+    if leaves["train.skip_spike"] and not leaves["train.skip_spike"] > 1:
+        raise UserError(
+            f"config key 'train.skip_spike' is {leaves['train.skip_spike']}; it must be 0 (off) or "
+            "above 1"
         )
     unknown = [name for name in config.latents if name not in LATENT_NAMES]
     if unknown:
@@ -245,6 +254,22 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(_tuples(item) for item in value)
     return value
+
+
+def differences(
+    old: ml_collections.ConfigDict, new: ml_collections.ConfigDict
+) -> list[tuple[str, Any, Any]]:
+    """('a.b', value in `old`, value in `new`) of every field that differs, by name.
+
+    A field that `old` lacks counts as what configs/base.py says: it may have come later.
+    """
+    before = {**dict(flatten(_read_file("base"))), **dict(flatten(old))}
+    known, now = dict(flatten(old)), dict(flatten(new))
+    return [
+        (key, before.get(key), now.get(key))
+        for key in sorted(known.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
 
 
 def fingerprint(config: ml_collections.ConfigDict) -> str:

@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int, Int64
 from ml_collections import ConfigDict
 
-from kaleido_jax import mesh, optim, rng, trainable
+from kaleido_jax import guards, mesh, optim, rng, trainable
 from kaleido_jax.data import Loader, make_source
 from kaleido_jax.data.reader import MAX_BAD_FRACTION
 from kaleido_jax.errors import UserError
@@ -34,6 +34,7 @@ class TrainState:
       params: trained parameters. frozen: parameters without gradient or optimizer slots.
       opt_state: of `optim.make_optimizer`, over `params` alone.
       ema: running average of `params`.
+      norms: running mean of gradient norms, where `train.skip_spike` asks for it.
     """
 
     step: Int[Array, ""]
@@ -41,10 +42,12 @@ class TrainState:
     frozen: Params
     opt_state: Any
     ema: Params
+    norms: guards.NormMean | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The tree that a checkpoint holds."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 class Trainer:
@@ -57,6 +60,7 @@ class Trainer:
         self.mesh = mesh.make_mesh(**config.mesh.to_dict(), devices=devices)
         self.loss_config = LossConfig.from_config(config, self.model.cfg.ratios)
         self.optimizer = optim.make_optimizer(config)
+        self.skip_spike = float(config.train.get("skip_spike", 0.0))
         rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         if config.train.batch_size % rows:
             raise UserError(
@@ -92,16 +96,23 @@ class Trainer:
             trained,
             transform_non_params=lambda _: whole,
         )
-        return TrainState(whole, trained, frozen, opt_state, trained)
+        norms = guards.NormMean(whole, whole) if self.skip_spike else None
+        return TrainState(whole, trained, frozen, opt_state, trained, norms)
 
     def _init(self) -> TrainState:
         params = nn.meta.unbox(self._init_boxed())
         params, frozen = trainable.split(params, self.trainable)
         # The average starts at the parameters, in memory of its own (the state is donated).
         ema = jax.tree.map(jnp.copy, params)
-        return TrainState(
-            jnp.zeros((), jnp.int32), params, frozen, self.optimizer.init(params), ema
-        )
+        slots = self.optimizer.init(params)
+        return TrainState(jnp.zeros((), jnp.int32), params, frozen, slots, ema, self._init_norms())
+
+    def _init_norms(self) -> guards.NormMean | None:
+        return guards.NormMean.zero() if self.skip_spike else None
+
+    def init_norms(self) -> guards.NormMean | None:
+        """A new mean of gradient norms, for a state that was saved without one."""
+        return jax.jit(self._init_norms, out_shardings=self.shardings.norms)()
 
     def init(self) -> TrainState:
         """A new state from `config.seed`, already sharded."""
@@ -127,15 +138,20 @@ class Trainer:
     def update(
         self, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-        """One update of the state; pure."""
+        """One update of the state; pure. One that `guards.judge` drops only moves the step on."""
         grad = jax.grad(self.loss, has_aux=True)
         grads, metrics = grad(state.params, state.frozen, batch, state.step)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         o = self.config.optim
         ema = optim.update_ema(state.ema, params, state.step, o.ema_decay, o.ema_warmup)
-        metrics["grad_norm"] = optax.global_norm(grads)
-        return TrainState(state.step + 1, params, state.frozen, opt_state, ema), metrics
+        metrics["grad_norm"] = norm = optax.global_norm(grads)
+        keep, norms, counts = guards.judge(metrics["loss"], norm, state.norms, self.skip_spike)
+        params, opt_state, ema = guards.choose(
+            keep, (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+        )
+        new = TrainState(state.step + 1, params, state.frozen, opt_state, ema, norms)
+        return new, metrics | counts
 
     @functools.cached_property
     def compiled_update(self) -> Callable:

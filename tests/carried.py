@@ -43,4 +43,5 @@ def carry(params: Any) -> Any:
             return traverse.unflatten_dict(found, sep="/")
         checkpoints = Checkpoints(folder)
         checkpoints.save(1, jax.tree.map(jnp.asarray, params), {})
+        checkpoints.wait()
         return checkpoints.restore(1, checkpoints.saved_shapes(1))

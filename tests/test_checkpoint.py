@@ -28,6 +28,7 @@ def save(folder, *steps, keep=3):
     checkpoints = Checkpoints(folder, keep)
     for step in steps:
         checkpoints.save(step, jax.tree.map(jnp.asarray, STATE), {"step": step})
+    checkpoints.wait()
     return checkpoints
 
 
@@ -67,7 +68,7 @@ def test_a_damaged_step_is_passed_over_and_told(tmp_path, damage):
         (folder / "state" / "stray").write_text("x")
     said = []
     assert checkpoints.newest_whole(said.append) == 1
-    assert said == [] if damage == "no manifest" else "step_00000002" in said[0]
+    assert "step_00000002" in said[0]
 
 
 def test_a_template_that_does_not_fit_is_one_line(tmp_path):

@@ -32,7 +32,9 @@ GROUPS = {
         "storage": "checkpoint bundle tensor_files model_card hub",
     },
     2: {
-        "training": "dry_run losses optim runlog warm_start train training_loop",
+        "training": (
+            "dry_run guards losses optim preemption runlog train training_loop warm_start watchdog"
+        ),
         "generation": (
             "batches decode diverse edit_methods editing generate grammar guidance outputs"
             " resampling runner samplers session_folder settings stablehlo stages thresholds"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,7 +124,8 @@ def test_frozen_parameters_stay_to_the_bit_and_the_others_move(tmp_path):
     assert all(np.any(averages[n] != before["params"][n]) for n in moved)
     # Layers that lie in two arrays are read back as one.
     bundle.start_workdir(tmp_path, trainer.config, vocabulary)
-    checkpoint.Checkpoints(tmp_path).save(2, state.as_dict(), {"step": 2})
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(2, state.as_dict(), {"step": 2})
     got = leaves(bundle.load(tmp_path).params)
     wanted = leaves(trainable.merge(state.ema, state.frozen))
     assert got.keys() == wanted.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 
 import flax.traverse_util as traverse
@@ -152,7 +153,8 @@ def test_a_run_at_low_resolution_goes_on_inside_a_nested_network(tmp_path):
     )
     workdir = tmp_path / "low"
     bundle.start_workdir(workdir, low, bundle.make_vocabulary(low))
-    checkpoint.Checkpoints(workdir).save(7, state.as_dict(), {"step": 7})
+    with contextlib.closing(checkpoint.Checkpoints(workdir)) as checkpoints:
+        checkpoints.save(7, state.as_dict(), {"step": 7})
 
     high = tiny_config(nested=True)
     with high.unlocked():
