@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The arguments of one verb, `run` its function.
 
-    `overrides` has the `--config.a.b=VALUE` words of `train`, `beam` the words after `--`, which
-    the verbs in BEAM_VERBS hand on.
+    `overrides` has the `--config.a.b=VALUE` words of OVERRIDE_VERBS, `beam` the words after `--`,
+    which the verbs in BEAM_VERBS hand on.
 
     Raises:
       UserError: an unknown verb or argument (naming the nearest), a value out of range.
@@ -81,8 +81,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"{what} (verbs: {', '.join(VERBS)}; `kaleido --help` explains)")
     overrides = [word for word in words if word.startswith("--config.")]
     for word in overrides:
-        if verb != "train":
-            raise UserError(f"{word}: only `kaleido train` takes overrides")
+        if verb not in OVERRIDE_VERBS:
+            raise UserError(f"{word}: only `kaleido train` and `bench train` take overrides")
         if "=" not in word:
             raise UserError(f"{word}: write --config.a.b=VALUE, with the equals sign")
     if beam is not None and verb not in BEAM_VERBS:
@@ -214,6 +214,7 @@ VERBS = {
     "annotate fit-vokens": (cli_annotate.add_fit_vokens, cli_annotate.fit_vokens),
     "build": (cli_build.add_build, cli_build.build),
     "tasks": (cli_tasks.add_tasks, cli_tasks.tasks),
+    "bench train": (cli_bench.add_bench_train, cli_bench.bench_train),
     "bench data": (cli_tasks.add_bench_data, cli_tasks.bench_data),
     "bench decode": (cli_bench.add_bench_decode, cli_bench.bench_decode),
     "demo": (arguments.add_demo, demo),
@@ -227,6 +228,7 @@ VERBS = {
     "export": (cli_weights.add_export, cli_weights.export_weights),
 }
 BEAM_VERBS = ("annotate", "build")
+OVERRIDE_VERBS = ("train", "bench train")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,22 +15,30 @@ import numpy as np
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
-import kaleido_jax
-from kaleido_jax import grammar, stages
+from kaleido_jax import config as config_lib
+from kaleido_jax import flops, grammar, stages
+from kaleido_jax.bench import measured
 from kaleido_jax.errors import UserError
 from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
 from kaleido_jax.tokens import EOS, Vocabulary
 from kaleido_jax.types import Conditioning, Params
 from kaleido_jax.written import allowed_tokens
 
+KINDS = ("constrained", "free")
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure with: rows of a batch, tokens (0: the config's), how often each is timed."""
+    """What to measure with: rows of a batch, tokens (0: the config's), how often each is timed.
+
+    `memory_limit` in bytes and the folder `profile` are as in `training.Settings`.
+    """
 
     batch_size: int = 16
     length: int = 0
     repeats: int = 5
+    memory_limit: int = 0
+    profile: str | os.PathLike | None = None
 
 
 def measure(
@@ -52,10 +60,13 @@ def measure(
     Returns:
       seconds_per_step and tokens_per_second (steps times rows) of either, constrained and free;
       overhead: how much longer a constrained step takes, 0.05 for 5%, the median of the pairs;
-      table_bytes and table_seconds: the tables' size and making.
+      flops_per_token, flops_per_second and utilisation: of the model in a constrained step;
+      compile_seconds, memory: as measured.py says; table_bytes and table_seconds: the tables' size
+      and making.
 
     Raises:
       UserError: a model without latents, or one whose latents do not fit.
+      measured.DoesNotFit: more memory is needed than there is.
     """
     names, length = tuple(config.latents), settings.length or config.data.latent_length
     if not names:
@@ -74,11 +85,9 @@ def measure(
     placed = jax.tree.map(jnp.asarray, tables)
     rows = np.arange(settings.batch_size, dtype=np.uint32)
 
-    def run(constrained: bool, seed: int) -> Int[Array, "b lz"]:
-        return stages.draw_latents(
-            model,
+    def arguments(constrained: bool, seed: int) -> tuple[Any, ...]:
+        return (
             params,
-            length,
             encoded,
             np.full_like(rows, seed),
             rows,
@@ -88,27 +97,40 @@ def measure(
             np.float32(1.0),
             None if constrained else allowed,
             placed if constrained else None,
-        )[0]
+        )
 
-    times: dict[bool, list[float]] = {True: [], False: []}
-    steps = 0
-    for constrained in (True, False):
-        jax.block_until_ready(run(constrained, 0))
-    for repeat in range(settings.repeats):
-        # In turns, so that whatever else the machine does falls on both.
-        for constrained in (True, False):
-            seconds, ids = _timed(lambda c=constrained, seed=repeat: run(c, seed))
-            steps = int(_steps(ids))
-            times[constrained].append(seconds / steps)
-    step = {
-        name: statistics.median(times[c]) for name, c in (("constrained", True), ("free", False))
-    }
-    pairs = zip(times[True], times[False], strict=True)
+    def draw(params: Params, *args: Any) -> Any:
+        return stages.draw_latents(model, params, length, *args)
+
+    programs, compile_seconds = {}, {}
+    for kind in KINDS:
+        shapes = arguments(kind == "constrained", 0)
+        programs[kind], compile_seconds[kind] = measured.compiled(jax.jit(draw), *shapes)
+        measured.check_fits(programs[kind], settings.memory_limit)
+        jax.block_until_ready(programs[kind](*shapes))
+    # The first step alone would count what happens once.
+    one, two = (
+        flops.useful(flops.count(draw, *arguments(False, 0), trips=trips)) for trips in (1, 2)
+    )
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    with measured.profiled(settings.profile):
+        for repeat in range(settings.repeats):
+            # In turns, so that whatever else the machine does falls on both.
+            for kind in KINDS:
+                given = arguments(kind == "constrained", repeat)
+                seconds, (ids, _) = measured.timed(lambda k=kind, g=given: programs[k](*g))
+                times[kind].append(seconds / _steps(ids))
+    step = {kind: statistics.median(times[kind]) for kind in KINDS}
+    pairs = zip(times["constrained"], times["free"], strict=True)
+    speed = measured.rates(step["constrained"], 0, two - one)
+    del speed["images_per_second"]
     return {
         "bench": "decode",
+        "config_fingerprint": config_lib.fingerprint(config),
         "latents": list(names),
         "length": length,
         "batch_size": settings.batch_size,
+        "repeats": settings.repeats,
         "pieces": vocabulary.num_pieces,
         "decoder_rows": size,
         "decoder_parameters": sum(x.size for x in jax.tree.leaves(params["latent_decoder"])),
@@ -117,10 +139,13 @@ def measure(
             name: round(settings.batch_size / value, 1) for name, value in step.items()
         },
         "overhead": round(statistics.median(a / b for a, b in pairs) - 1, 4),
+        "flops_per_token": round((two - one) / settings.batch_size),
+        **speed,
+        "compile_seconds": compile_seconds,
+        "memory": measured.memory(programs["constrained"]),
         "table_bytes": sum(np.asarray(array).nbytes for array in tables),
         "table_seconds": round(table_seconds, 3),
-        "device": jax.devices()[0].device_kind,
-        "version": kaleido_jax.__version__,
+        **measured.environment(),
     }
 
 
@@ -128,12 +153,6 @@ def _steps(ids: Int[Array, "b lz"]) -> int:
     """Steps that the loop took: those of its longest sequence."""
     ended = np.asarray(ids) == EOS
     return int(np.where(ended.any(1), ended.argmax(1) + 1, ids.shape[1]).max())
-
-
-def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = jax.block_until_ready(run())
-    return time.perf_counter() - start, result
 
 
 def _encoded(config: ConfigDict, batch: int) -> Conditioning:
