@@ -21,6 +21,7 @@ from kaleido_jax import (
     cli_build,
     cli_edit,
     cli_evaluate,
+    cli_sample,
     cli_serve,
     cli_tasks,
     cli_weights,
@@ -171,44 +172,6 @@ def train(args: argparse.Namespace) -> None:
     )
 
 
-def sample(args: argparse.Namespace) -> None:
-    """Samples pictures for each prompt and writes them with their latent documents."""
-    from kaleido_jax import prompts as prompt_module
-
-    if args.prompts is not None:
-        prompts = prompt_module.read_prompts(args.prompts)
-    else:
-        prompts = [prompt_module.clean_prompt(text, "--prompt") for text in args.prompt]
-    arguments.need_folder(args.checkpoint, "--checkpoint")
-
-    from kaleido_jax import generate
-
-    generate.check_folder(args.out)
-    pipe = generate.Pipeline.from_pretrained(args.checkpoint)
-    given = {
-        "guidance_weight": args.guidance,
-        "num_steps": args.steps,
-        "sampler": args.sampler,
-        "temperature": args.temperature,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "batch_size": args.batch_size,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    given |= dict(args.setting)
-    if args.unconstrained:
-        given["constrained"] = False
-    if args.diverse is None:
-        output = pipe(prompts, num_images=args.num, seed=args.seed, **given)
-    else:
-        documents = pipe.draw_diverse(prompts, args.num, args.diverse, seed=args.seed, **given)
-        output = pipe.render(documents, batch_size=args.batch_size)
-    generate.write_outputs(output, args.out)
-    for warning in output.warnings:
-        print(f"kaleido: {warning}", file=sys.stderr)
-    print(f"{len(output.images)} pictures and their documents: {args.out}")
-
-
 VERBS = {
     "annotate": (cli_annotate.add_annotate, cli_annotate.annotate),
     "annotate fit-vokens": (cli_annotate.add_fit_vokens, cli_annotate.fit_vokens),
@@ -220,7 +183,7 @@ VERBS = {
     "demo": (arguments.add_demo, demo),
     "doctor": (arguments.add_doctor, doctor),
     "train": (arguments.add_train, train),
-    "sample": (arguments.add_sample, sample),
+    "sample": (cli_sample.add_sample, cli_sample.sample),
     "edit": (cli_edit.add_edit, cli_edit.edit),
     "serve": (cli_serve.add_serve, cli_serve.serve),
     "import": (cli_weights.add_import, cli_weights.import_weights),

@@ -31,6 +31,7 @@ from kaleido_jax.outputs import Output, Progress, check_folder, grid, to_uint8, 
 from kaleido_jax.prompts import clean_prompt
 from kaleido_jax.runner import Runner
 from kaleido_jax.settings import Settings
+from kaleido_jax.streaming import StreamMethods
 from kaleido_jax.written import allowed_tokens, latent_ids, own_tokens, read_latents
 
 __all__ = ["Output", "Pipeline", "Progress", "Settings", "check_folder", "grid", "write_outputs"]
@@ -42,7 +43,7 @@ OnStep = Callable[[Progress], None]
 MAX_DRAWS = 5
 
 
-class Pipeline(EditMethods):
+class Pipeline(EditMethods, StreamMethods):
     """A model that draws latents and pictures for prompts.
 
     Picture i of a prompt depends on (model, prompt, seed, i) and the settings alone, not on the
@@ -53,6 +54,7 @@ class Pipeline(EditMethods):
       config: the model's config.
       defaults: sampling settings of the config.
       names: the latents that the model writes, in order; () is the MDM baseline.
+      model_hashes: the fields of a document that say which model made it.
       checkpoint_hash: of the checkpoint or export, as in its documents.
     """
 
@@ -67,7 +69,7 @@ class Pipeline(EditMethods):
         self.names = tuple(config.latents)
         self.checkpoint_hash = bundle.fingerprint.replace(" ", "-")
         self._vocabulary = bundle.vocabulary
-        self._hashes = {
+        self.model_hashes = {
             "model_config_hash": config_lib.fingerprint(config),
             "checkpoint_hash": self.checkpoint_hash,
         }
@@ -97,7 +99,7 @@ class Pipeline(EditMethods):
     def describe(self) -> dict[str, Any]:
         """Hashes of checkpoint and config, the latents, and the decay of averaged parameters."""
         return {
-            **self._hashes,
+            **self.model_hashes,
             "latents": list(self.names),
             "ema_decay": self.config.optim.ema_decay,
         }
@@ -216,7 +218,7 @@ class Pipeline(EditMethods):
             check_range("seed", seed, 0, MAX_SEED)
             documents = [dataclasses.replace(doc, seed=seed) for doc in documents]
         documents = [
-            dataclasses.replace(doc, batch_size=batch, **self._hashes, **chosen.denoising())
+            dataclasses.replace(doc, batch_size=batch, **self.model_hashes, **chosen.denoising())
             for doc, chosen in zip(documents, plain, strict=True)
         ]
         seeds, indices = _random_numbers(documents)
@@ -272,15 +274,7 @@ class Pipeline(EditMethods):
         count = len(prompts) * num_images
         batch = self._runner.batch_size(batch_size, count)
         blank = [
-            LatentDocument(
-                caption=prompt,
-                latents={},
-                seed=seed,
-                sample_index=int(first) + i,
-                batch_size=batch,
-                **self._hashes,
-                **chosen.denoising(),
-            )
+            self._blank(prompt, seed, int(first) + i, batch, chosen)
             for prompt, first in zip(prompts, firsts, strict=True)
             for i in range(num_images)
         ]
@@ -288,10 +282,31 @@ class Pipeline(EditMethods):
             return blank, []
         return self._write_latents(blank, chosen, batch)
 
+    def _blank(
+        self, caption: str, seed: int, index: int, batch: int, chosen: Settings
+    ) -> LatentDocument:
+        """The document of a picture whose z is not drawn yet."""
+        return LatentDocument(
+            caption=caption,
+            latents={},
+            seed=seed,
+            sample_index=index,
+            batch_size=batch,
+            **self.model_hashes,
+            **chosen.denoising(),
+        )
+
     def _write_latents(
-        self, blank: list[LatentDocument], chosen: Settings, batch: int
+        self,
+        blank: list[LatentDocument],
+        chosen: Settings,
+        batch: int,
+        numbers: Sequence[int] | None = None,
     ) -> tuple[list[LatentDocument], list[str]]:
-        """Fills in z; what is not valid is drawn again, with other random numbers, a few times."""
+        """Fills in z; what is not valid is drawn again, with other random numbers, a few times.
+
+        The warnings call the pictures by `numbers`, or by their places.
+        """
         states = self._runner.encode(self._caption_tokens([doc.caption for doc in blank]))
         seeds, indices = _random_numbers(blank)
         documents = list(blank)
@@ -327,9 +342,11 @@ class Pipeline(EditMethods):
             pending = np.array([i for i in pending if problems[i]], int)
             if not pending.size:
                 break
+        numbers = range(len(blank)) if numbers is None else numbers
         warnings = [
-            f"picture {i} ({documents[i].caption[:60]!r}, index {documents[i].sample_index}):"
-            f" latents not valid in {MAX_DRAWS} draws: {'; '.join(problems[i])}"
+            f"picture {numbers[i]} ({documents[i].caption[:60]!r},"
+            f" index {documents[i].sample_index}): latents not valid in {MAX_DRAWS} draws:"
+            f" {'; '.join(problems[i])}"
             for i in pending
         ]
         return documents, warnings

@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -82,13 +82,16 @@ def grid(
     return sheet
 
 
-def check_folder(folder: str | os.PathLike) -> pathlib.Path:
-    """Raises UserError if `folder` cannot become an output folder: it must be new or empty."""
+def check_folder(folder: str | os.PathLike, but: Collection[str] = ()) -> pathlib.Path:
+    """Raises UserError if `folder` cannot become an output folder: it must be new or empty.
+
+    Files named in `but` may lie there.
+    """
     folder = pathlib.Path(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; name a new folder")
     try:
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and any(path.name not in but for path in folder.iterdir()):
             raise UserError(f"{folder} already holds files; name a new or empty folder")
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror or error}") from error
@@ -131,17 +134,29 @@ def write_outputs(
     return folder
 
 
+def write_picture(
+    folder: pathlib.Path, number: int, image: UInt8[np.ndarray, "h w c"], document: LatentDocument
+) -> None:
+    """Writes a document, its panel and last its picture, each beside its place and renamed.
+
+    Where the data are not RGB pictures there is the document alone.
+    """
+    name = f"{number:06d}"
+    save_document(folder / f"{name}.json", document)
+    if image.shape[-1] != 3:
+        return
+    if document.latents:
+        (folder / "panels").mkdir(exist_ok=True)
+        beside = folder / "panels" / f".{name}.{os.getpid()}.tmp"
+        Image.fromarray(panel(image, document.latents)).save(beside, format="PNG")
+        os.replace(beside, folder / "panels" / f"{name}.png")
+    save_png(folder / f"{name}.png", image, document)
+
+
 def _write(output: Output, folder: pathlib.Path) -> None:
     pictures = output.images.shape[-1] == 3
     for i, document in enumerate(output.documents):
-        save_document(folder / f"{i:06d}.json", document)
-        if not pictures:
-            continue
-        save_png(folder / f"{i:06d}.png", output.images[i], document)
-        if document.latents:
-            (folder / "panels").mkdir(exist_ok=True)
-            drawn = Image.fromarray(panel(output.images[i], document.latents))
-            drawn.save(folder / "panels" / f"{i:06d}.png")
+        write_picture(folder, i, output.images[i], document)
     if pictures:
         sheet = grid(output.images, _pictures_per_prompt(output.documents))
         Image.fromarray(sheet).save(folder / "grid.png")

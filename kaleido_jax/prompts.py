@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import json
 import pathlib
 import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kaleido_jax.errors import UserError
+from kaleido_jax.latents import LatentDocument
+from kaleido_jax.latents.errors import LatentError
 
 MAX_PROMPT_CHARACTERS = 2_000
+MAX_NUM = 10_000
+# Fields of a line of JSON -> what they are called among the settings, where they are one.
+FIELDS = {
+    "caption": "",
+    "prompt": "",
+    "num": "",
+    "seed": "",
+    "settings": "",
+    "guidance": "guidance_weight",
+    "steps": "num_steps",
+}
 MAX_FILE_BYTES = 64 * 2**20
 
 
@@ -41,17 +58,47 @@ def clean_prompt(text: str, where: str = "prompt") -> str:
     return text
 
 
-def read_prompts(path: str | pathlib.Path) -> list[str]:
-    """Reads prompts from UTF-8 text, one a line, or from `.jsonl` lines `{"prompt": "..."}`.
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What one line of a prompt file asks for.
 
-    Blank lines are skipped. Further JSON fields are ignored.
+    Attributes:
+      caption: the prompt, clean.
+      where: what to call it in errors.
+      num: pictures of it; None is as for all. seed: theirs; None is as for all.
+      settings: sampling settings by name, of this prompt alone.
+      document: a whole document to draw a picture of; the caption is its own then.
+    """
+
+    caption: str
+    where: str = "prompt"
+    num: int | None = None
+    seed: int | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    document: LatentDocument | None = None
+
+
+def count_pictures(requests: Sequence[Request], num: int) -> int:
+    """Pictures of all requests; `num` of those that do not say, one of a document."""
+    return sum(1 if r.document is not None else r.num or num for r in requests)
+
+
+def read_requests(path: str | pathlib.Path) -> list[Request]:
+    """Reads UTF-8 text, one prompt a line, or `.jsonl`, an object a line.
+
+        {"caption": "a cat", "num": 4, "seed": 7, "guidance": 3, "steps": 50,
+         "settings": {"time_grid": "logsnr"}}
+
+    All but `caption` (or `prompt`) may be missing. A line may also be a whole document, as
+    `kaleido sample` writes it beside each picture. Blank lines are skipped; fields of other names
+    are ignored unless they look like a slip of one of these.
 
     Raises:
       UserError: naming the file and, where there is one, the line.
     """
     path = pathlib.Path(path)
     text = _decode(path)
-    prompts = []
+    found = []
     # Not splitlines(): that also cuts at form feeds and at U+2028, inside a prompt.
     for number, line in enumerate(text.split("\n"), start=1):
         line = line.removesuffix("\r")
@@ -59,11 +106,12 @@ def read_prompts(path: str | pathlib.Path) -> list[str]:
             continue
         where = f"{path} line {number}"
         if path.suffix == ".jsonl":
-            line = _json_prompt(line, where)
-        prompts.append(clean_prompt(line, where))
-    if not prompts:
+            found.append(_request(line, where))
+        else:
+            found.append(Request(clean_prompt(line, where), where))
+    if not found:
         raise UserError(f"{path}: no prompt in it; write one prompt a line")
-    return prompts
+    return found
 
 
 def _decode(path: pathlib.Path) -> str:
@@ -86,11 +134,33 @@ def _decode(path: pathlib.Path) -> str:
         ) from error
 
 
-def _json_prompt(line: str, where: str) -> str:
+def _request(line: str, where: str) -> Request:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f'{where}: not JSON; expected {{"prompt": "..."}}') from error
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise UserError(f'{where}: no text under "prompt"; expected {{"prompt": "..."}}')
-    return record["prompt"]
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{where}: not JSON; expected {{"caption": "..."}}') from error
+    if not isinstance(record, dict):
+        raise UserError(f'{where}: not an object; expected {{"caption": "..."}}')
+    if {"version", "latents"} <= record.keys():
+        try:
+            document = LatentDocument.from_dict(record)
+        except LatentError as error:
+            raise UserError(f"{where}: {error}") from error
+        return Request(clean_prompt(document.caption, where), where, document=document)
+    for name in record.keys() - set(FIELDS):
+        if near := difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8):
+            raise UserError(f"{where}: unknown field {name[:40]!r}; did you mean {near[0]!r}?")
+    text = record.get("caption", record.get("prompt"))
+    if not isinstance(text, str):
+        raise UserError(f'{where}: no text under "caption"; expected {{"caption": "..."}}')
+    settings = record.get("settings", {})
+    if not isinstance(settings, dict):
+        raise UserError(f'{where}: "settings" must be an object of sampling settings')
+    given = {FIELDS[name]: record[name] for name in ("guidance", "steps") if name in record}
+    for name, low, high in (("num", 1, MAX_NUM), ("seed", 0, 2**32 - 1)):
+        value = record.get(name, low)
+        if type(value) is not int or not low <= value <= high:
+            raise UserError(f'{where}: "{name}" must be a whole number of {low} to {high}')
+    return Request(
+        clean_prompt(text, where), where, record.get("num"), record.get("seed"), given | settings
+    )

@@ -68,6 +68,7 @@ def test_nothing_fits(capsys):
     assert "not even a batch of 8 fits" in captured.err
 
 
+@pytest.mark.slow
 def test_the_baseline_is_the_same_batch_without_latents():
     config = tiny_config("latents=text", "data.latent_length=12", name="toy")
     made = training.measure(config, training.Settings(repeats=2, warmup=1, baseline=True))

@@ -110,9 +110,14 @@ def test_bad_prompts_are_refused(capsys, tmp_path, text):
         ("p.txt", b"fine\n\nbell\x07\n", "line 3: control character U+0007"),
         ("p.txt", b"fine\n" + b"y" * 2001, "line 2: the prompt has 2,001 characters"),
         ("p.jsonl", b'{"prompt": "fine"}\n{"prompt": }\n', "line 2: not JSON"),
-        ("p.jsonl", b'{"caption": "x"}\n', 'line 1: no text under "prompt"'),
-        ("p.jsonl", b'["x"]\n', 'line 1: no text under "prompt"'),
-        ("p.jsonl", b'{"prompt": 3}\n', 'line 1: no text under "prompt"'),
+        ("p.jsonl", b'{"captoin": "x"}\n', "line 1: unknown field 'captoin'; did you mean 'cap"),
+        ("p.jsonl", b'{"id": "x"}\n', 'line 1: no text under "caption"'),
+        ("p.jsonl", b'["x"]\n', "line 1: not an object"),
+        ("p.jsonl", b'{"prompt": 3}\n', 'line 1: no text under "caption"'),
+        ("p.jsonl", b'{"caption": "x", "seed": -1}\n', 'line 1: "seed" must be a whole number'),
+        ("p.jsonl", b'{"caption": "x", "num": true}\n', 'line 1: "num" must be a whole number'),
+        ("p.jsonl", b'{"caption": "x", "settings": 3}\n', 'line 1: "settings" must be an object'),
+        ("p.jsonl", b'{"version": 9, "latents": []}\n', "line 1: version 9 is unknown"),
         ("p.jsonl", b'{"prompt": ""}\n', "line 1: the prompt is empty"),
         ("p.jsonl", b"[" * 100_000, "line 1: not JSON"),
     ],
@@ -127,17 +132,24 @@ def test_bad_prompt_files_are_refused(capsys, tmp_path, name, data, expected):
 
 def test_a_folder_is_no_prompt_file(tmp_path):
     with pytest.raises(UserError, match="is a folder"):
-        prompts.read_prompts(tmp_path)
+        prompts.read_requests(tmp_path)
 
 
 def test_prompt_files_are_read(tmp_path):
     text = tmp_path / "p.txt"
     # A byte-order mark, Windows line ends, a decomposed letter, a tab, a line separator inside.
     text.write_bytes("\ufeffcafe\u0301\r\n\r\na\tcat \n".encode())
-    assert prompts.read_prompts(text) == ["caf\u00e9", "a cat"]
+    assert [r.caption for r in prompts.read_requests(text)] == ["caf\u00e9", "a cat"]
     lines = tmp_path / "p.jsonl"
-    lines.write_text('{"prompt": "<extra_id_0> \\u00e9", "n": 1}\n', "utf-8")
-    assert prompts.read_prompts(lines) == ["<extra_id_0> \u00e9"]
+    lines.write_text(
+        '{"prompt": "<extra_id_0> \\u00e9", "image_id": 1}\n'
+        '{"caption": "a cat", "num": 2, "seed": 7, "guidance": 3, "settings": {"top_k": 5}}\n',
+        "utf-8",
+    )
+    first, second = prompts.read_requests(lines)
+    assert first == prompts.Request("<extra_id_0> \u00e9", f"{lines} line 1")
+    assert (second.caption, second.num, second.seed) == ("a cat", 2, 7)
+    assert second.settings == {"guidance_weight": 3, "top_k": 5}
 
 
 def test_prompt_length_counts_after_normalisation():
@@ -207,38 +219,6 @@ def test_grids_do_without_bad_records():
     assert cli_train.first_captions(Source(), 2) == ["good", "fine"]
     assert cli_train.first_captions(Source(), 1) == ["good"]
     assert cli_train.first_captions(Source(), 9) == ["good", "fine", "third"]
-
-
-def test_sample_passes_what_is_given_and_writes(monkeypatch, tmp_path, capsys):
-    from kaleido_jax import generate
-
-    calls = []
-
-    class Pipeline:
-        @classmethod
-        def from_pretrained(cls, folder):
-            calls.append(folder)
-            return cls()
-
-        def __call__(self, prompts, **settings):
-            calls.append((prompts, settings))
-            return types.SimpleNamespace(images=[0] * 6, warnings=["picture 1: unfinished"])
-
-    monkeypatch.setattr(generate, "Pipeline", Pipeline)
-    monkeypatch.setattr(generate, "write_outputs", lambda output, out: calls.append(out))
-    out = tmp_path / "out"
-    words = ["sample", "--checkpoint", str(tmp_path), "--prompt", " a cat ", "--prompt", "a dog"]
-    words += "--num 3 --guidance 4 --steps 9 --sampler ddim --seed 7 --top-k 0".split()
-    assert cli.main([*words, "--out", str(out)]) == 0
-    settings = {"guidance_weight": 4.0, "num_steps": 9, "sampler": "ddim", "top_k": 0}
-    assert calls == [
-        tmp_path,
-        (["a cat", "a dog"], {"num_images": 3, "seed": 7, **settings}),
-        out,
-    ]
-    captured = capsys.readouterr()
-    assert captured.out == f"6 pictures and their documents: {out}\n"
-    assert captured.err == "kaleido: picture 1: unfinished\n"
 
 
 def test_sample_refuses_a_full_folder_before_loading_the_model(capsys, tmp_path):

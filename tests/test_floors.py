@@ -20,8 +20,8 @@ MAX_LINES = 450
 GROUPS = {
     0: {
         "vocabulary": (
-            "config diffusion distributed errors flops latents locks lora mesh prompts rng schedule"
-            " sidecars trainable types"
+            "compiled config diffusion distributed errors flops latents locks lora mesh prompts rng"
+            " schedule sidecars trainable types"
         ),
     },
     1: {
@@ -37,8 +37,8 @@ GROUPS = {
         ),
         "generation": (
             "batches decode diverse edit_methods editing generate grammar guidance outputs"
-            " resampling runner samplers session_folder settings stablehlo stages thresholds"
-            " written"
+            " picture_folder resampling runner samplers session_folder settings stablehlo stages"
+            " streaming thresholds written"
         ),
         "interop": "interop",
     },
@@ -48,7 +48,7 @@ GROUPS = {
     4: {
         "command line": (
             "cli cli_arguments cli_annotate cli_bench cli_build cli_doctor cli_dry_run cli_edit "
-            "cli_evaluate cli_serve cli_tasks cli_train cli_weights"
+            "cli_evaluate cli_sample cli_serve cli_tasks cli_train cli_weights"
         ),
         "page": "ui",
         "demo": "demo",
