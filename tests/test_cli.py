@@ -182,7 +182,7 @@ def test_sample_grids_hold_the_first_captions(monkeypatch):
     seen = []
 
     class Pipeline:
-        def __init__(self, bundle):
+        def __init__(self, bundle, devices):
             assert bundle == "bundle"
 
         def __call__(self, captions, num_images, seed):
