@@ -178,6 +178,7 @@ VERBS = {
     "build": (cli_build.add_build, cli_build.build),
     "tasks": (cli_tasks.add_tasks, cli_tasks.tasks),
     "bench train": (cli_bench.add_bench_train, cli_bench.bench_train),
+    "bench sample": (cli_bench.add_bench_sample, cli_bench.bench_sample),
     "bench data": (cli_tasks.add_bench_data, cli_tasks.bench_data),
     "bench decode": (cli_bench.add_bench_decode, cli_bench.bench_decode),
     "demo": (arguments.add_demo, demo),

@@ -1,4 +1,4 @@
-"""`kaleido bench train|decode`: their arguments and what they run."""
+"""`kaleido bench train|sample|decode`: their arguments and what they run."""
 
 from __future__ import annotations
 
@@ -114,6 +114,55 @@ def bench_decode(args: argparse.Namespace) -> None:
         return decode.measure(chosen, vocabulary, settings, params)
 
     _print(args, "decode", measure, args.batch_size)
+
+
+def add_bench_sample(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentParser:
+    """`kaleido bench sample`."""
+    parser = arguments.add_verb(
+        verbs,
+        name,
+        "measure sampling: images a second, share of decoding and diffusion, writing included",
+        """
+        kaleido bench sample --config shapes
+        kaleido bench sample --checkpoint runs/shapes --batch-size 4 --sweep --largest 64
+        kaleido bench sample --config cc12m_256 --setting sampler=dpmpp --setting num_steps=20
+
+        A config is measured with random weights. Prints one JSON object for each batch size.
+        """,
+    )
+    _add_model(parser)
+    parser.add_argument(
+        "--setting",
+        type=arguments.setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a sampling setting of docs/sampling.md; may be given several times",
+    )
+    _add_common(parser, 16, 3)
+    return parser
+
+
+def bench_sample(args: argparse.Namespace) -> None:
+    """Prints a JSON line for each batch size."""
+    chosen, vocabulary, params = _model(args, "sample")
+
+    from kaleido_jax.bench import sampling
+    from kaleido_jax.bundle import Bundle
+
+    model = (
+        sampling.random_bundle(chosen, vocabulary)
+        if params is None
+        else Bundle(chosen, params, vocabulary, "bench")
+    )
+
+    def measure(size: int) -> dict[str, Any]:
+        settings = sampling.Settings(
+            size, args.repeats, dict(args.setting), _limit(args), args.profile
+        )
+        return sampling.measure(model, settings)
+
+    _print(args, "sample", measure, args.batch_size)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,7 @@ import pathlib
 import sys
 
 from kaleido_jax import cli_arguments as arguments
+from kaleido_jax.cli_sample import add_cache, use_cache
 from kaleido_jax.errors import UserError
 
 # Verb -> (what stands after it, help); as kaleido_jax/editing.py has them.
@@ -110,6 +111,7 @@ def add_edit(verbs: argparse._SubParsersAction, name: str) -> argparse.ArgumentP
         metavar="DIR",
         help="new or empty folder to write (default: ./edited)",
     )
+    add_cache(parser)
     parser.set_defaults(steps=None)
     return parser
 
@@ -138,6 +140,7 @@ def edit(args: argparse.Namespace) -> int:
     else:
         steps = editing.read_steps(args.script)
     document = load_document(args.document)
+    use_cache(args)
 
     from kaleido_jax import generate
 

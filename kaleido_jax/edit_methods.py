@@ -64,7 +64,7 @@ class EditMethods:
         check_range("seed", seed, 0, MAX_SEED)
         chosen = self.defaults.replace({**settings, "constrained": True})
         redrawn = resampling.redraw(
-            self._runner,
+            self.runner,
             self._vocabulary,
             self._constraint() if self.names else None,
             self.names,
@@ -76,7 +76,7 @@ class EditMethods:
             index=document.sample_index,
             step=step,
             candidates=candidates,
-            batch=self._runner.batch_size(batch_size, candidates),
+            batch=self.runner.batch_size(batch_size, candidates),
         )
         decoding = {
             **chosen.decoding(),

@@ -54,6 +54,7 @@ class Pipeline(EditMethods, StreamMethods):
       config: the model's config.
       defaults: sampling settings of the config.
       names: the latents that the model writes, in order; () is the MDM baseline.
+      runner: its compiled stages on the mesh.
       model_hashes: the fields of a document that say which model made it.
       checkpoint_hash: of the checkpoint or export, as in its documents.
     """
@@ -73,10 +74,10 @@ class Pipeline(EditMethods, StreamMethods):
             "model_config_hash": config_lib.fingerprint(config),
             "checkpoint_hash": self.checkpoint_hash,
         }
-        self._runner = Runner(config, bundle.params, mesh)
+        self.runner = Runner(config, bundle.params, mesh)
         self._allowed = None
         if self.names:
-            size = self._runner.vocab_size
+            size = self.runner.vocab_size
             self._allowed = allowed_tokens(self._vocabulary, self.names, size)
         self._tables = None
 
@@ -135,7 +136,7 @@ class Pipeline(EditMethods, StreamMethods):
 
     def _bundle(self) -> bundle_lib.Bundle:
         return bundle_lib.Bundle(
-            self.config, self._runner.params, self._vocabulary, self.checkpoint_hash
+            self.config, self.runner.params, self._vocabulary, self.checkpoint_hash
         )
 
     def __call__(
@@ -213,7 +214,7 @@ class Pipeline(EditMethods, StreamMethods):
         documents = [documents] if isinstance(documents, LatentDocument) else list(documents)
         check_count(len(documents), "documents")
         plain = [self.defaults.of_document(doc).replace(settings) for doc in documents]
-        batch = self._runner.batch_size(batch_size, len(documents))
+        batch = self.runner.batch_size(batch_size, len(documents))
         if seed is not None:
             check_range("seed", seed, 0, MAX_SEED)
             documents = [dataclasses.replace(doc, seed=seed) for doc in documents]
@@ -224,13 +225,13 @@ class Pipeline(EditMethods, StreamMethods):
         seeds, indices = _random_numbers(documents)
         captions = self._caption_tokens([doc.caption for doc in documents])
         latents = np.stack([self._latent_tokens(doc) for doc in documents])
-        states = self._runner.encode(captions)
-        samples = np.zeros((len(documents), *self._runner.shapes[0]), np.float32)
+        states = self.runner.encode(captions)
+        samples = np.zeros((len(documents), *self.runner.shapes[0]), np.float32)
         for chosen in dict.fromkeys(plain):
             rows = np.array([i for i, other in enumerate(plain) if other == chosen])
             for part in batches(rows, batch):
                 tell = None if on_step is None else self._teller(on_step, part, chosen.num_steps)
-                samples[part] = self._runner.render(
+                samples[part] = self.runner.render(
                     states, part, latents[part], seeds[part], indices[part], batch, chosen, tell
                 )
         return Output(self._to_uint8(samples), samples, documents, [])
@@ -272,7 +273,7 @@ class Pipeline(EditMethods, StreamMethods):
             check_range("first_index", first, 0, MAX_INDEX - num_images)
         chosen = self.defaults.replace(settings)
         count = len(prompts) * num_images
-        batch = self._runner.batch_size(batch_size, count)
+        batch = self.runner.batch_size(batch_size, count)
         blank = [
             self._blank(prompt, seed, int(first) + i, batch, chosen)
             for prompt, first in zip(prompts, firsts, strict=True)
@@ -307,14 +308,14 @@ class Pipeline(EditMethods, StreamMethods):
 
         The warnings call the pictures by `numbers`, or by their places.
         """
-        states = self._runner.encode(self._caption_tokens([doc.caption for doc in blank]))
+        states = self.runner.encode(self._caption_tokens([doc.caption for doc in blank]))
         seeds, indices = _random_numbers(blank)
         documents = list(blank)
         problems: dict[int, list[str]] = {}
         pending = np.arange(len(blank))
         for attempt in range(MAX_DRAWS):
             for part in batches(pending, batch):
-                ids, log_prob = self._runner.decode(
+                ids, log_prob = self.runner.decode(
                     states,
                     part,
                     seeds[part],
@@ -354,7 +355,7 @@ class Pipeline(EditMethods, StreamMethods):
     def _constraint(self) -> grammar.Tables:
         """The tables of constrained decoding, made once and kept on the devices."""
         if self._tables is None:
-            runner = self._runner
+            runner = self.runner
             tables = grammar.compile_tables(self._vocabulary, self.names, runner.vocab_size)
             if tables.shortest > runner.latent_length:
                 raise UserError(
@@ -383,7 +384,7 @@ class Pipeline(EditMethods, StreamMethods):
             raise UserError(f"this model has no latent {unknown[0]!r}; its latents: {known}")
         if not self.names:
             return np.zeros(0, np.int32)
-        return latent_ids(self._vocabulary, document, self.names, self._runner.latent_length)
+        return latent_ids(self._vocabulary, document, self.names, self.runner.latent_length)
 
 
 def _random_numbers(

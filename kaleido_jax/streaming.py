@@ -70,7 +70,7 @@ class StreamMethods:
             number += count
         # The batch is that of all pictures, so that those left out do not change the others.
         parts = [
-            (group, self._runner.batch_size(group.size, len(rows)), rows)
+            (group, self.runner.batch_size(group.size, len(rows)), rows)
             for group, rows in groups.items()
         ]
         return self._stream(parts, asked, seed, done)

@@ -166,7 +166,7 @@ def test_train_passes_config_workdir_and_hook(monkeypatch, tmp_path):
 
     calls = []
     monkeypatch.setattr(
-        training_loop, "train", lambda config, workdir, sample_hook: calls.append(
+        training_loop, "train", lambda config, workdir, sample_hook, **_: calls.append(
             (config.seed, workdir, sample_hook is None)
         )
     )  # fmt: skip

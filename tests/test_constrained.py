@@ -76,8 +76,8 @@ def test_scores_are_those_of_decoding():
     pipe = pipeline(("voken",))
     documents = pipe.draw_latents([PROMPT, "dusk: a blue shape"], 4)
     tokens = np.stack([pipe._latent_tokens(document) for document in documents])
-    states = pipe._runner.encode(pipe._caption_tokens([d.caption for d in documents]))
-    scores = pipe._runner.score(states, np.arange(8), tokens, 8)
+    states = pipe.runner.encode(pipe._caption_tokens([d.caption for d in documents]))
+    scores = pipe.runner.score(states, np.arange(8), tokens, 8)
     assert (scores[:, 33:] == 0).all() and (scores[:, :33] < 0).all()
     np.testing.assert_allclose(scores.sum(1), [d.log_prob for d in documents], rtol=1e-4)
 

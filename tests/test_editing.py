@@ -167,7 +167,7 @@ def test_later_latents_are_drawn_from_the_prior_given_the_earlier():
     counts = np.bincount([int(d.split("#")[1]) for d in drawn], minlength=64)
     ids = np.zeros((1, 40), np.int32)
     ids[0, : len(prefix)] = prefix
-    runner, states = pipe._runner, pipe._runner.encode(pipe._caption_tokens([PROMPT]))
+    runner, states = pipe.runner, pipe.runner.encode(pipe._caption_tokens([PROMPT]))
     log_p = []
     for code in range(64):
         ids[0, len(prefix)] = vocabulary.voken_offset + code
@@ -225,7 +225,7 @@ def test_a_sequence_of_edits_becomes_pictures_and_a_sheet(tmp_path):
 
 def test_an_edit_that_cannot_be_made_costs_nothing(monkeypatch):
     pipe = pipeline(COMBINED, LONG)
-    monkeypatch.setattr(type(pipe._runner), "render", lambda *_: pytest.fail("rendered"))
+    monkeypatch.setattr(type(pipe.runner), "render", lambda *_: pytest.fail("rendered"))
     with pytest.raises(UserError, match="horse"):
         pipe.edit(document(), [[("word", "red=blue")], [("remove", "horse")]])
 

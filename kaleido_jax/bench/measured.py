@@ -119,8 +119,10 @@ def memory_limit() -> int:
     return int(int(free[1]) * 1024 * _MEMORY_KEPT) if free else 0
 
 
-def memory(program: Any) -> dict[str, Any]:
+def memory(program: Any | None) -> dict[str, Any]:
     """What a program needs: as the device says, and as the compiler and the system say.
+
+    Without a program there is no estimate.
 
     Returns:
       peak_bytes: the device's largest use since the process began; null where it does not tell.
@@ -130,7 +132,7 @@ def memory(program: Any) -> dict[str, Any]:
     stats = jax.local_devices()[0].memory_stats() or {}
     return {
         "peak_bytes": stats.get("peak_bytes_in_use"),
-        "estimated_bytes": estimate(program),
+        "estimated_bytes": None if program is None else estimate(program),
         "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
