@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kaleido_jax import config as config_lib
-from kaleido_jax import dry_run, flops
+from kaleido_jax import dry_run, flops, memory_plan
 from kaleido_jax.train import Trainer
 
 STATE = {
@@ -56,8 +56,8 @@ def run(
     report["flops_per_image"] = dry_run.operations(trainer)
     say(_operation_table(report["flops_per_image"], config.train.batch_size))
     if compiled:
-        say("compiling the step for its memory ..")
-        report["memory_per_device"] = dry_run.memory(trainer)
+        say("compiling the step for its memory (minutes for a large model) ..")
+        report["memory_per_device"] = memory_plan.plan(trainer)
         say(_memory_lines(report["memory_per_device"]))
     text = json.dumps(report) + "\n" if as_json else config_lib.to_json(config)
     print(text, end="")

@@ -10,24 +10,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from kaleido_jax import flops, mesh
+from kaleido_jax import flops, memory_plan
 from kaleido_jax.errors import UserError
 from kaleido_jax.train import Trainer
-from kaleido_jax.types import Batch
-
-# The CPU compiler's own work on machine code says nothing of memory, and takes most of its time.
-CPU_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-# Its search for all-reduces to combine takes minutes on a step with hundreds of them.
-CPU_FLAGS = ("--xla_disable_hlo_passes=cpu-all-reduce-combiner",)
-_COUNT = re.compile(r"\s*--xla_force_host_platform_device_count=\S*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +53,7 @@ def simulate_devices(count: int) -> None:
     Raises:
       UserError: jax already runs with other devices.
     """
-    kept = _COUNT.sub("", os.environ.get("XLA_FLAGS", ""))
-    flags = [kept.strip(), f"--xla_force_host_platform_device_count={count}"]
-    flags += [flag for flag in CPU_FLAGS if flag.partition("=")[0] not in kept]
-    os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags if flag)
+    os.environ.update(memory_plan.simulated(count))
     jax.config.update("jax_platforms", "cpu")
     if len(jax.devices()) != count or jax.devices()[0].platform != "cpu":
         raise UserError(
@@ -107,26 +95,11 @@ def state_bytes(trainer: Trainer) -> dict[str, int]:
     def total(tree: Any) -> int:
         return sum(local_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
-    trees = state.as_dict() | {"gradients": state.params, "batch": abstract_batch(trainer)}
+    trees = state.as_dict() | {
+        "gradients": state.params,
+        "batch": memory_plan.abstract_batch(trainer),
+    }
     return {name: total(tree) for name, tree in trees.items()}
-
-
-def abstract_batch(trainer: Trainer) -> Batch:
-    """Shapes, types and shardings of a global batch."""
-    data, rows = trainer.config.data, trainer.config.train.batch_size
-    sharding = mesh.batch_sharding(trainer.mesh)
-    side = data.image_size
-
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding)
-
-    return Batch(
-        caption_tokens=array(np.int32, data.caption_length),
-        latent_tokens=array(np.int32, data.latent_length if trainer.config.latents else 0),
-        # The points of the toy are no pixels.
-        image=array(np.uint8 if data.channels == 3 else np.float32, side, side, data.channels),
-        key_hash=array(np.uint32),
-    )
 
 
 def operations(trainer: Trainer) -> dict[str, dict[str, float]]:
@@ -135,7 +108,7 @@ def operations(trainer: Trainer) -> dict[str, dict[str, float]]:
     Returns:
       {'forward': counts, 'training': counts}, as `flops.count` names them.
     """
-    state, batch = trainer.abstract_state(), abstract_batch(trainer)
+    state, batch = trainer.abstract_state(), memory_plan.abstract_batch(trainer)
     args = (state.params, state.frozen, batch, state.step)
     counts = {
         "forward": flops.count(trainer.loss, *args),
@@ -146,25 +119,3 @@ def operations(trainer: Trainer) -> dict[str, dict[str, float]]:
         kind: {part: number / size for part, number in found.items()}
         for kind, found in counts.items()
     }
-
-
-def memory(trainer: Trainer) -> dict[str, Any]:
-    """What the compiler lays out for one device, in bytes, and how long it took.
-
-    'total' is the arguments (state and batch), results that do not take an argument's place, and
-    temporaries. It is what this machine's compiler plans: the CPU's keeps some bfloat16 values in
-    float32 and does not fuse as a GPU's does, so it rather plans too much.
-    """
-    platform = trainer.mesh.devices.flat[0].platform
-    started = time.monotonic()
-    with mesh.use_mesh(trainer.mesh):
-        lowered = trainer.compiled_update.lower(trainer.abstract_state(), abstract_batch(trainer))
-        compiled = lowered.compile(CPU_OPTIONS if platform == "cpu" else None)
-    found = compiled.memory_analysis()
-    result = {
-        "arguments": found.argument_size_in_bytes,
-        "results": found.output_size_in_bytes - found.alias_size_in_bytes,
-        "temporaries": found.temp_size_in_bytes,
-    }
-    result["total"] = sum(result.values())
-    return result | {"compiler": platform, "seconds": round(time.monotonic() - started, 1)}

@@ -33,7 +33,8 @@ GROUPS = {
     },
     2: {
         "training": (
-            "dry_run guards losses optim preemption runlog train training_loop warm_start watchdog"
+            "dry_run guards losses memory_plan optim preemption runlog train training_loop"
+            " warm_start watchdog"
         ),
         "generation": (
             "batches decode diverse edit_methods editing generate grammar guidance outputs"
