@@ -76,7 +76,7 @@ def get_config() -> ConfigDict:
     c.seed = 0
     # Which latents z the decoder writes, in order; () is the MDM baseline. App. B.3: combined.
     c.latents = ("text", "bbox", "voken")
-    # Workdirs, or folders of `kaleido import` or `kaleido export`, whose parts training starts from.
+    # Workdirs, and folders of `kaleido import` or `kaleido export`, to start from their parts.
     c.init_from = ()
 
     c.data = ConfigDict()

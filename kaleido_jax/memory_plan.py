@@ -24,14 +24,14 @@ from kaleido_jax import mesh
 from kaleido_jax.train import Trainer
 from kaleido_jax.types import Batch
 
-CPU_OPTIONS = {
+# In the environment, as some of them are not read from a compilation's own options.
+CPU_FLAGS = (
     # As accelerators do: the schedule that needs the least memory, not the widest one.
-    "xla_cpu_enable_concurrency_optimized_scheduler": False,
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
-# Its search for all-reduces to combine takes minutes on a step with hundreds of them.
-CPU_FLAGS = "--xla_disable_hlo_passes=cpu-all-reduce-combiner"
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    # The search for all-reduces to combine takes minutes on a step with hundreds of them.
+    "--xla_disable_hlo_passes=cpu-all-reduce-combiner",
+    "--xla_dump_hlo_module_re=jit_update",
+)
 _DEVICES = re.compile(r"\s*--xla_force_host_platform_device_count=\S*")
 _ALLOCATION = re.compile(r"allocation \d+: size (\d+), (.*)")
 # The compiler writes its layout, then this: when it is there, the layout is whole.
@@ -99,9 +99,9 @@ def plan(trainer: Trainer) -> dict[str, Any]:
 
 def _cpu_layout(trainer: Trainer) -> dict[str, int]:
     variables = simulated(trainer.mesh.devices.size)
-    variables["XLA_FLAGS"] += f" {CPU_FLAGS}"
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
+        variables["XLA_FLAGS"] += " ".join(["", *CPU_FLAGS, f"--xla_dump_to={folder}"])
         (folder / "config.json").write_text(config_lib.to_json(trainer.config), "utf-8")
         with open(folder / "said.txt", "w+", encoding="utf-8") as said:
             child = subprocess.Popen(
@@ -120,15 +120,14 @@ def _cpu_layout(trainer: Trainer) -> dict[str, int]:
                 said.seek(0)
                 last = said.read().strip().splitlines() or ["it said nothing"]
                 raise RuntimeError(f"the compiler ended with {child.returncode}: {last[-1]}")
-        (layout,) = folder.glob(_LAYOUT)
-        with open(layout, encoding="utf-8") as lines:
-            return read_layout(lines)
+        return read_layout(folder)
 
 
-def read_layout(lines: Any) -> dict[str, int]:
-    """Bytes by kind in the lines of XLA's text of a buffer assignment."""
+def read_layout(folder: pathlib.Path) -> dict[str, int]:
+    """Bytes by kind in the layout that XLA's CPU compiler wrote into a folder."""
     sizes = {"arguments": 0, "results": 0, "temporaries": 0}
-    for line in lines:
+    (layout,) = folder.glob(_LAYOUT)
+    for line in layout.read_text("utf-8").splitlines():
         if match := _ALLOCATION.match(line):
             size, words = int(match[1]), match[2]
             if words.startswith("parameter "):
@@ -141,13 +140,12 @@ def read_layout(lines: Any) -> dict[str, int]:
 
 
 def main(folder: str) -> None:
-    """In a process of its own: compiles the step of FOLDER/config.json, its layout into FOLDER."""
+    """In a process of its own: compiles the step of FOLDER/config.json; CPU_FLAGS say the rest."""
     path = pathlib.Path(folder) / "config.json"
     # What comes out of a cache is not laid out again.
     jax.config.update("jax_enable_compilation_cache", False)
     trainer = Trainer(config_lib.from_json(path.read_text("utf-8"), str(path)))
-    dump = {"xla_dump_to": folder, "xla_dump_hlo_module_re": "jit_update"}
-    compile_step(trainer, CPU_OPTIONS | dump)
+    compile_step(trainer)
 
 
 if __name__ == "__main__":
