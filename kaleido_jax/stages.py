@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 from ml_collections import ConfigDict
 
-from kaleido_jax import decode, diffusion, grammar, guidance, mesh, rng, samplers, tokens
+from kaleido_jax import compiling, decode, diffusion, grammar, guidance, mesh, rng, samplers, tokens
 from kaleido_jax.errors import UserError
 from kaleido_jax.models.kaleido import Kaleido, join
 from kaleido_jax.samplers import State
@@ -117,13 +117,13 @@ def sample_keys(
     return jax.vmap(one)(seeds, indices)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiling.jit, static_argnums=0)
 def encode(model: Kaleido, params: Params, caption_tokens: Int[Array, "b lc"]) -> Conditioning:
     """Encoder states of captions."""
     return model.apply({"params": params}, caption_tokens, method="encode")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
+@functools.partial(compiling.jit, static_argnums=(0, 2))
 def null_condition(model: Kaleido, params: Params, length: int) -> Any:
     """The null condition as the denoiser reads it, for a batch of one."""
     variables = {"params": params}
@@ -131,7 +131,7 @@ def null_condition(model: Kaleido, params: Params, length: int) -> Any:
     return model.apply(variables, null, method="encode_condition")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
+@functools.partial(compiling.jit, static_argnums=(0, 2))
 def draw_latents(
     model: Kaleido,
     params: Params,
@@ -180,7 +180,7 @@ def draw_latents(
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(compiling.jit, static_argnums=0)
 def score_latents(
     model: Kaleido, params: Params, latent_tokens: Int[Array, "b lz"], encoded: Conditioning
 ) -> Float[Array, "b lz"]:
@@ -191,7 +191,7 @@ def score_latents(
     return jnp.where(latent_tokens != tokens.PAD, own, 0.0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+@functools.partial(compiling.jit, static_argnums=(0, 2, 3))
 def prepare(
     model: Kaleido,
     params: Params,
@@ -240,7 +240,7 @@ def prepare(
     return prepared, samplers.begin(noise, memory)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+@functools.partial(compiling.jit, static_argnums=(0, 2, 3))
 def advance(
     model: Kaleido,
     params: Params,

@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int, Int64
 from ml_collections import ConfigDict
 
-from kaleido_jax import guards, mesh, optim, rng, trainable
+from kaleido_jax import compiling, guards, mesh, optim, rng, trainable
 from kaleido_jax.data import Loader, make_source
 from kaleido_jax.data.reader import MAX_BAD_FRACTION
 from kaleido_jax.errors import UserError
@@ -156,7 +156,7 @@ class Trainer:
     @functools.cached_property
     def compiled_update(self) -> Callable:
         """`update` as one program that reuses the state's memory."""
-        return jax.jit(
+        return compiling.jit(
             self.update,
             in_shardings=(self.shardings, mesh.batch_sharding(self.mesh)),
             out_shardings=(self.shardings, mesh.replicated(self.mesh)),

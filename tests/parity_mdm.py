@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kaleido_jax import compiling
 from kaleido_jax.interop.mdm import from_mdm, to_mdm
 from kaleido_jax.interop.mdm_config import config_from_mdm
 from kaleido_jax.models import nested_unet
@@ -56,23 +57,13 @@ def check_network(path: pathlib.Path) -> Outputs:
     return {f"pred_{i}": (got, want) for i, (got, want) in enumerate(pairs)}
 
 
-def predictor(file: Mapping[str, np.ndarray], fast_variance: bool = False) -> Predict:
-    """The network of a file, jitted: inputs -> predictions, NCHW.
-
-    Args:
-      fast_variance: GroupNorm takes the mean square less the squared mean, in one pass.
-    """
+def predictor(file: Mapping[str, np.ndarray]) -> Predict:
+    """The network of a file, jitted: inputs -> predictions, NCHW."""
     model, params = load_network(file)
 
-    def sum_in_one_pass(run, args, kwargs, context):
-        if isinstance(context.module, nn.GroupNorm):
-            object.__setattr__(context.module, "use_fast_variance", fast_variance)
-        return run(*args, **kwargs)
-
-    @jax.jit
+    @compiling.jit
     def apply(pyramid, times, states, mask):
-        with nn.intercept_methods(sum_in_one_pass):
-            return model.apply({"params": params}, pyramid, times, states, mask)
+        return model.apply({"params": params}, pyramid, times, states, mask)
 
     def predict(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         pyramid = tuple(nhwc(image) for image in numbered(inputs, "input/x_t_"))
@@ -86,12 +77,12 @@ def predictor(file: Mapping[str, np.ndarray], fast_variance: bool = False) -> Pr
 def spread(path: pathlib.Path, trials: int = 4) -> dict[str, list[np.ndarray]]:
     """Other float32 values of each prediction, as good as the one that is compared.
 
-    The variance of GroupNorm is summed in one pass, and each input number is moved to its
-    neighbour in float32. What a network makes of so little is what float32 leaves open.
+    Each input number is moved to its neighbour in float32. What a network makes of so little is
+    what float32 leaves open.
     """
     with np.load(path) as archive:
         file = dict(archive)
-    predict, found = predictor(file, fast_variance=True), {}
+    predict, found = predictor(file), {}
     for trial in range(trials):
         draw = np.random.default_rng(trial)
         moved = {name: to_neighbours(array, draw) for name, array in file.items()}

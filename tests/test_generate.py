@@ -218,10 +218,13 @@ def test_a_sweep_compiles_once():
     pipe = _pipe()
     documents = pipe.draw_latents(PROMPT, 2)
     pipe.render(documents, guidance_weight=2.0)
-    before = stages.advance._cache_size(), stages.draw_latents._cache_size()
+    before = stages.advance.jitted._cache_size(), stages.draw_latents.jitted._cache_size()
     pipe.render(documents, guidance_weight=5.0, seed=9)
     pipe.draw_latents("noon: a green shape", 2, seed=4, temperature=0.5, top_k=3, top_p=0.9)
-    assert (stages.advance._cache_size(), stages.draw_latents._cache_size()) == before
+    assert (
+        stages.advance.jitted._cache_size(),
+        stages.draw_latents.jitted._cache_size(),
+    ) == before
 
 
 @pytest.mark.parametrize(

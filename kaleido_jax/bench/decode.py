@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
+from kaleido_jax import compiling, flops, grammar, stages
 from kaleido_jax import config as config_lib
-from kaleido_jax import flops, grammar, stages
 from kaleido_jax.bench import measured
 from kaleido_jax.errors import UserError
 from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
@@ -105,7 +105,7 @@ def measure(
     programs, compile_seconds = {}, {}
     for kind in KINDS:
         shapes = arguments(kind == "constrained", 0)
-        programs[kind], compile_seconds[kind] = measured.compiled(jax.jit(draw), *shapes)
+        programs[kind], compile_seconds[kind] = measured.compiled(compiling.jit(draw), *shapes)
         measured.check_fits(programs[kind], settings.memory_limit)
         jax.block_until_ready(programs[kind](*shapes))
     # The first step alone would count what happens once.

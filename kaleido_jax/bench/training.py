@@ -16,8 +16,8 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from kaleido_jax import compiling, flops, mesh, optim
 from kaleido_jax import config as config_lib
-from kaleido_jax import flops, mesh, optim
 from kaleido_jax.bench import measured
 from kaleido_jax.errors import UserError
 from kaleido_jax.train import Trainer
@@ -197,7 +197,7 @@ def denoiser_alone(trainer: Trainer) -> Work:
     copied, split = mesh.replicated(trainer.mesh), mesh.batch_sharding(trainer.mesh)
     shapes = jax.eval_shape(init)
     return Work(
-        step=jax.jit(update, donate_argnums=0),
+        step=compiling.jit(update, donate_argnums=0),
         shapes=(_shapes(shapes, copied), _shapes(batch, split)),
         make=lambda: (jax.jit(init, out_shardings=copied)(), jax.device_put(batch, split)),
         update=update,

@@ -120,21 +120,6 @@ def conv(
     )
 
 
-def group_norm(groups: int, dtypes: Mapping[str, Any], name: str | None = None) -> nn.GroupNorm:
-    """GroupNorm over space and the channels of a group."""
-    return nn.GroupNorm(
-        groups,
-        epsilon=NORM_EPSILON,
-        # One pass (mean of squares less squared mean) loses the variance of the few numbers of
-        # a group at 1x1 or 2x2 pixels, which epsilon then magnifies.
-        use_fast_variance=False,
-        scale_init=logical(nn.initializers.ones_init(), "conv_out"),
-        bias_init=logical(nn.initializers.zeros_init(), "conv_out"),
-        name=name,
-        **dtypes,
-    )
-
-
 def layer_norm(dtypes: Mapping[str, Any], name: str | None = None) -> nn.LayerNorm:
     """LayerNorm over the last axis."""
     return nn.LayerNorm(
@@ -245,6 +230,40 @@ def constrain(x: Features) -> Features:
     return nn.with_logical_constraint(x, ("batch", "height", "width", "conv_out"))
 
 
+class GroupNorm(nn.Module):
+    """Normalisation over space and the channels of a group; parameters `scale` and `bias`.
+
+    Means over space come first and are then averaged over a group's channels: no array is split
+    by groups, which costs flax's GroupNorm a tenth of a training step on a CPU. The variance takes
+    the mean off first: the mean square less the squared mean would lose the variance of the few
+    numbers of a group at 1x1 or 2x2 pixels, which epsilon then magnifies.
+    """
+
+    groups: int
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Features) -> Features:
+        width = x.shape[-1]
+        init = nn.initializers
+        scale = self.param(
+            "scale", logical(init.ones_init(), "conv_out"), (width,), self.param_dtype
+        )
+        bias = self.param(
+            "bias", logical(init.zeros_init(), "conv_out"), (width,), self.param_dtype
+        )
+
+        def mean(x: Features) -> Features:
+            means = x.mean(axis=(1, 2)).reshape(x.shape[0], self.groups, -1).mean(axis=-1)
+            return jnp.repeat(means, width // self.groups, axis=-1)[:, None, None, :]
+
+        x = x.astype(jnp.float32)
+        x = x - mean(x)
+        factor = jax.lax.rsqrt(mean(jnp.square(x)) + NORM_EPSILON) * scale
+        return (x * factor + bias).astype(self.dtype)
+
+
 class SinusoidMLP(nn.Module):
     """Embeds a number per example: sinusoid of a quarter of the width, linear, SiLU, linear."""
 
@@ -269,11 +288,11 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Features, emb: Vector, train: bool = False) -> Features:
-        h = nn.silu(group_norm(self.groups, self.dtypes, name="norm_in")(x))
+        h = nn.silu(GroupNorm(self.groups, **self.dtypes, name="norm_in")(x))
         h = constrain(conv(self.channels, self.dtypes, name="conv_in")(h))
         film = dense(2 * self.channels, ("time_embed", "conv_out"), self.dtypes, name="film")
         scale, shift = jnp.split(film(nn.silu(emb))[:, None, None, :], 2, axis=-1)
-        h = group_norm(self.groups, self.dtypes, name="norm_out")(h)
+        h = GroupNorm(self.groups, **self.dtypes, name="norm_out")(h)
         h = nn.silu(h * (1 + scale) + shift)
         h = nn.Dropout(self.dropout)(h, deterministic=not train)
         h = conv(self.channels, self.dtypes, zero=True, name="conv_out")(h)
@@ -299,7 +318,7 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Features, states: Tokens | None, mask: Mask | None) -> Features:
         b, height, width, channels = x.shape
-        h = group_norm(self.groups, self.dtypes, name="norm")(x).reshape(b, -1, channels)
+        h = GroupNorm(self.groups, **self.dtypes, name="norm")(x).reshape(b, -1, channels)
         qkv = dense(3 * channels, ("embed", "joined_kv"), self.dtypes, name="qkv")(h)
         query, key, value = jnp.split(qkv, 3, axis=-1)
         h = attend(query, key, value, self.heads, None, self.attention)
@@ -311,7 +330,7 @@ class AttentionBlock(nn.Module):
         h = dense(channels, ("joined_kv", "embed"), self.dtypes, zero=True, name="out")(h)
         x = constrain(x + h.reshape(b, height, width, channels))
         if self.mlp:
-            h = group_norm(self.groups, self.dtypes, name="mlp_norm")(x)
+            h = GroupNorm(self.groups, **self.dtypes, name="mlp_norm")(x)
             h = gelu(dense(4 * channels, ("embed", "mlp"), self.dtypes, name="mlp_in")(h))
             x = x + dense(channels, ("mlp", "embed"), self.dtypes, zero=True, name="mlp_out")(h)
         return constrain(x)

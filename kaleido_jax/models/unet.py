@@ -283,7 +283,7 @@ class Trunk(nn.Module):
             Level(c, width, resnets + 1, attention, self.cross, "none" if i == 0 else "up")
             for i, (width, resnets, attention) in enumerate(shapes)
         ]
-        self.head_norm = layers.group_norm(c.num_groups_norm, c.dtypes)
+        self.head_norm = layers.GroupNorm(c.num_groups_norm, **c.dtypes)
         self.head_conv = layers.conv(
             c.channels * c.patch_size**2, c.dtypes, zero=True, axes=("conv_in", None)
         )
