@@ -138,8 +138,10 @@ def train(args: argparse.Namespace) -> None:
     from kaleido_jax import config as config_module
 
     config = config_module.load_config(args.config, args.overrides)
-    if not args.dry_run and (args.simulate_devices or args.json or args.every_parameter):
-        raise UserError("train: --simulate-devices, --json and --every-parameter need --dry-run")
+    of_dry_run = ("simulate_devices", "every_parameter", "no_compile", "json")
+    for name in of_dry_run:
+        if getattr(args, name) and not args.dry_run:
+            raise UserError(f"train: --{name.replace('_', '-')} needs --dry-run")
     if args.dry_run:
         if args.simulate_devices:
             from kaleido_jax import dry_run

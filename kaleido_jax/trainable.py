@@ -56,7 +56,7 @@ class Trainable:
           UserError: a word that is none of 'all', 'last:N' and 'lora:RANK', or N out of range.
         """
         model = config.model
-        word = model.get("train_decoder", "all")
+        word = str(model.get("train_decoder", "all"))
         depth = model.latent_decoder.num_decoder_layers
         found = re.fullmatch(r"(last|lora):([1-9]\d{0,5})", word)
         if word != "all" and not found:

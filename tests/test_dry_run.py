@@ -138,7 +138,7 @@ def test_more_devices_than_there_are_in_a_process_of_their_own():
     ("words", "message"),
     [
         ("--dry-run --simulate-devices 3", "needs a process of its own"),
-        ("--json", "need --dry-run"),
+        ("--no-compile", "--no-compile needs --dry-run"),
     ],
 )
 def test_misuse_is_one_line(capsys, words, message):
