@@ -21,6 +21,7 @@ from kaleido_jax import (
     cli_build,
     cli_edit,
     cli_evaluate,
+    cli_figures,
     cli_sample,
     cli_serve,
     cli_tasks,
@@ -191,6 +192,7 @@ VERBS = {
     "serve": (cli_serve.add_serve, cli_serve.serve),
     "import": (cli_weights.add_import, cli_weights.import_weights),
     "evaluate": (cli_evaluate.add_evaluate, cli_evaluate.evaluate),
+    "figures": (cli_figures.add_figures, cli_figures.figures),
     "export": (cli_weights.add_export, cli_weights.export_weights),
 }
 BEAM_VERBS = ("annotate", "build")

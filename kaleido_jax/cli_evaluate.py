@@ -57,14 +57,14 @@ def add_evaluate(verbs: argparse._SubParsersAction, name: str) -> argparse.Argum
         parser.add_argument(flag, type=arguments.whole(least), metavar="N", help=text)
     parser.add_argument(
         "--guidance",
-        type=_several(arguments.number(0.0, 100.0)),
+        type=several(arguments.number(0.0, 100.0)),
         default=(),
         metavar="G,G",
         help="guidance weights, one after another",
     )
     parser.add_argument(
         "--seeds",
-        type=_several(arguments.whole(0, arguments.MAX_SEED)),
+        type=several(arguments.whole(0, arguments.MAX_SEED)),
         default=(0,),
         metavar="K,K",
         help="seeds of sampling, one after another (default: 0)",
@@ -92,7 +92,7 @@ def add_evaluate(verbs: argparse._SubParsersAction, name: str) -> argparse.Argum
     )
     parser.add_argument(
         "--metrics",
-        type=_several(str),
+        type=several(str),
         metavar="A,B",
         help="fid, precision, recall, density, coverage, is, vendi, similarity, adherence, tv",
     )
@@ -174,7 +174,7 @@ def _joined(value: str | list[str]) -> str:
     return value if isinstance(value, str) else ",".join(value)
 
 
-def _several(kind: Callable[[str], Any]) -> Callable[[str], tuple]:
+def several(kind: Callable[[str], Any]) -> Callable[[str], tuple]:
     """An argparse type: values of a kind with commas between them, none twice."""
 
     def read(text: str) -> tuple:

@@ -23,12 +23,13 @@ from kaleido_jax.demo import (
     scratch_figure,
     shapes,
     shapes_figure,
-    tables,
     toy,
     toy_figure,
 )
 from kaleido_jax.demo.checks import Check
 from kaleido_jax.errors import UserError
+from kaleido_jax.evaluate.results import plain
+from kaleido_jax.figures import grids, tables
 from kaleido_jax.latents import LatentDocument
 
 EACH = 60  # made-up pictures of each caption
@@ -325,7 +326,7 @@ def test_panels_show_each_caption_in_turn(tmp_path):
 
 
 def test_mosaic_leaves_missing_places_white():
-    sheet = shapes_figure.mosaic(np.zeros((3, 8, 8, 3), np.uint8), 2, 2)
+    sheet = grids.mosaic(np.zeros((3, 8, 8, 3), np.uint8), 2, 2)
     assert sheet[10, 10].tolist() == [0, 0, 0]
     assert sheet[-10, 10].tolist() == [0, 0, 0]
     assert sheet[-10, -10].tolist() == [255, 255, 255]
@@ -334,7 +335,7 @@ def test_mosaic_leaves_missing_places_white():
 def test_files_of_numbers(tmp_path):
     tables.write_csv(tmp_path / "x.csv", [{"a": 1 / 3, "b": None}, {"a": 2, "b": 'x,"y'}])
     assert (tmp_path / "x.csv").read_text() == 'a,b\n0.333333,\n2,"x,""y"\n'
-    value = tables.plain({"a": (float("nan"), 1 / 3), 2.0: "x"})
+    value = plain({"a": (float("nan"), 1 / 3), 2.0: "x"})
     assert value == {"a": [None, 0.333333], "2.0": "x"}
 
 

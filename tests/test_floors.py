@@ -44,15 +44,15 @@ GROUPS = {
         "interop": "interop",
     },
     3: {
-        "evaluation": "evaluate metrics figures bench",
+        "evaluation": "evaluate metrics bench",
     },
     4: {
         "command line": (
             "cli cli_arguments cli_annotate cli_bench cli_build cli_doctor cli_dry_run cli_edit "
-            "cli_evaluate cli_sample cli_serve cli_tasks cli_train cli_weights"
+            "cli_evaluate cli_figures cli_sample cli_serve cli_tasks cli_train cli_weights"
         ),
         "page": "ui",
-        "demo": "demo",
+        "demo": "demo figures",
     },
 }
 PLACES = {
@@ -71,6 +71,7 @@ ALLOWED = {
     ("data", "tokens"),  # a batch holds tokens
     ("annotate", "data"),  # it reads the same shards and crops as training does
     ("annotate", "models.voken_tokenizer"),
+    ("cli_figures", "figures"),
     ("cli", "demo"),  # a verb starts the demo and the page, lazily
     ("cli_serve", "ui"),
 }

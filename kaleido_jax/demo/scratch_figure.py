@@ -7,9 +7,9 @@ import pathlib
 from matplotlib.figure import Figure
 from PIL import Image
 
-from kaleido_jax.demo.figures import FAINT, INK, KALEIDO, save
 from kaleido_jax.demo.scratch import Scratch
-from kaleido_jax.demo.shapes_figure import mosaic
+from kaleido_jax.figures.grids import mosaic
+from kaleido_jax.figures.style import FAINT, INK, KALEIDO, save
 
 COLUMNS = 4
 

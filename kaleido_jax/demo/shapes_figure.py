@@ -12,17 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from kaleido_jax.demo.figures import BASELINE, FAINT, GREY, INK, KALEIDO, save
 from kaleido_jax.demo.shapes import Drawn, Shapes
+from kaleido_jax.figures.grids import by_guidance
+from kaleido_jax.figures.style import BASELINE, COLOURS, FAINT, GREY, INK, save
 from kaleido_jax.latents import panel
 
 GRID_CAPTIONS = (0, 1, 3)  # numbers in Shapes.captions
 GRID_COLUMNS, GRID_ROWS = 4, 2  # pictures of one cell
 PANEL_CAPTIONS, PANELS_EACH, PANEL_WEIGHT = (0, 2), 4, 4.0
-_ENLARGED, _GAP = 96, 4  # pixels
-_FRAME = 190  # grey: white pictures would run into the paper
 _LABELS = {"baseline": "baseline", "kaleido": "Kaleido"}
-_COLOURS = {"baseline": BASELINE, "kaleido": KALEIDO}
 
 
 def pictures_of(drawn: Drawn, caption: int, captions: int, count: int) -> list[int]:
@@ -31,43 +29,20 @@ def pictures_of(drawn: Drawn, caption: int, captions: int, count: int) -> list[i
     return list(range(caption * each, caption * each + min(count, each)))
 
 
-def mosaic(
-    images: UInt8[np.ndarray, "n h w 3"], columns: int, rows: int
-) -> UInt8[np.ndarray, "height width 3"]:
-    """Enlarged, framed pictures side by side; places without a picture stay white."""
-    step = _ENLARGED + 2 + _GAP
-    sheet = np.full((rows * step - _GAP, columns * step - _GAP, 3), 255, np.uint8)
-    for number, image in enumerate(images[: rows * columns]):
-        large = Image.fromarray(image).resize((_ENLARGED, _ENLARGED), Image.Resampling.BICUBIC)
-        top, left = number // columns * step, number % columns * step
-        sheet[top : top + _ENLARGED + 2, left : left + _ENLARGED + 2] = _FRAME
-        sheet[top + 1 : top + _ENLARGED + 1, left + 1 : left + _ENLARGED + 1] = np.asarray(large)
-    return sheet
-
-
 def grid(result: Shapes) -> Figure:
     """Columns: guidance weights. For each caption a row of the baseline and a row of Kaleido."""
-    weights = list(result.drawn["baseline"])
     captions = [number for number in GRID_CAPTIONS if number < len(result.captions)]
-    figure = Figure(figsize=(2.9 * len(weights) + 0.5, 3.45 * len(captions)), layout="constrained")
-    parts = np.atleast_1d(figure.subfigures(len(captions), 1, hspace=0.03))
-    for number, part in zip(captions, parts, strict=True):
-        part.suptitle(f"“{result.captions[number]}”", fontsize=13, color=INK, style="italic")
-        axes = part.subplots(len(result.drawn), len(weights), squeeze=False)
-        for row, (model, by_weight) in enumerate(result.drawn.items()):
-            for column, (weight, drawn) in enumerate(by_weight.items()):
-                count = GRID_COLUMNS * GRID_ROWS
-                numbers = pictures_of(drawn, number, len(result.captions), count)
-                ax = axes[row][column]
-                ax.imshow(mosaic(drawn.images[numbers], GRID_COLUMNS, GRID_ROWS))
-                ax.set(xticks=[], yticks=[])
-                ax.spines[:].set_visible(False)
-                if row == 0:
-                    ax.set_title(f"guidance {weight:g}", fontsize=11, color=INK)
-            axes[row][0].set_ylabel(
-                _LABELS[model], fontsize=12, color=_COLOURS[model], fontweight="bold"
-            )
-    return figure
+
+    def cell(drawn: Drawn, number: int) -> UInt8[np.ndarray, "n h w 3"]:
+        count = GRID_COLUMNS * GRID_ROWS
+        return drawn.images[pictures_of(drawn, number, len(result.captions), count)]
+
+    pictures = {
+        model: {weight: [cell(drawn, n) for n in captions] for weight, drawn in by_weight.items()}
+        for model, by_weight in result.drawn.items()
+    }
+    texts = [result.captions[number] for number in captions]
+    return by_guidance(texts, pictures, GRID_COLUMNS, GRID_ROWS)
 
 
 def curves(rows: Sequence[dict[str, Any]]) -> Figure:
@@ -98,7 +73,7 @@ def _curve(ax: Axes, factor: str, rows: Sequence[dict[str, Any]]) -> None:
             ms=5,
             lw=2,
             elinewidth=1,
-            color=_COLOURS[model],
+            color=COLOURS[model],
             label=f"{_LABELS[model]}, measured",
         )
     ax.set_xscale("log", base=2)

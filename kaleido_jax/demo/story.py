@@ -23,13 +23,14 @@ from kaleido_jax.demo import (
     scratch_figure,
     shapes,
     shapes_figure,
-    tables,
     toy,
     toy_figure,
 )
 from kaleido_jax.demo.checks import Check
 from kaleido_jax.demo.progress import Progress, clock_text
 from kaleido_jax.errors import UserError
+from kaleido_jax.evaluate.results import plain
+from kaleido_jax.figures import tables
 
 # Seconds of each part on two CPU cores without an accelerator.
 EXPECTED = {"toy": 100.0, "shapes": 130.0, "scratch": 60.0, "page": 10.0}
@@ -134,7 +135,7 @@ def _tell(
     results["seconds"] = progress.seconds | {"all": round(progress.elapsed, 1)}
     (place / "index.html").write_text(page.build(results, checks, panels), "utf-8")
     results["files"] = files(place)
-    text = json.dumps(tables.plain(results), indent=1, allow_nan=False)
+    text = json.dumps(plain(results, digits=6), indent=1, allow_nan=False)
     (place / folder.RESULTS).write_text(text + "\n", "utf-8")
     return checks, progress
 

@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kaleido_jax.data import toy as data
-from kaleido_jax.demo.figures import GREY, INK, save
 from kaleido_jax.demo.toy import Points, Shares, Toy, mode_shares
+from kaleido_jax.figures.style import GREY, INK, save
 
 CLASS_COLOURS = ("#c4442b", "#2166ac")
 ROWS = {"baseline": "baseline\np(x | c)", "kaleido": "Kaleido\np(z | c) p(x | z, c)"}

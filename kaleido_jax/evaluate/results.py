@@ -22,14 +22,14 @@ def entry(value: float, bounds: tuple[float, float], samples: int, **more: Any) 
     return {"value": value, "low": bounds[0], "high": bounds[1], "samples": samples, **more}
 
 
-def plain(value: Any) -> Any:
-    """A copy for JSON: numbers with nine digits, NaN and infinity as None."""
+def plain(value: Any, digits: int = 9) -> Any:
+    """A copy for JSON: numbers with so many digits, NaN and infinity as None, tuples as lists."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, digits) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [plain(item, digits) for item in value]
     if isinstance(value, float):
-        return float(f"{value:.9g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value
 
 

@@ -1,4 +1,4 @@
-"""What the demo's pictures share: colours, and how they are written."""
+"""What all figures share: colours, and how they are written."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 INK, GREY, FAINT = "#202028", "#8a8a94", "#d8d8de"
 BASELINE, KALEIDO = "#8c6d1f", "#1f6fb4"
+COLOURS = {"baseline": BASELINE, "kaleido": KALEIDO}
 DPI = 160
 # Words of an SVG become outlines that look alike everywhere; ids do not change from run to run.
 _STYLE = {"svg.fonttype": "path", "svg.hashsalt": "kaleido"}

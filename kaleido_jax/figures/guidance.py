@@ -1,0 +1,155 @@
+"""Figure 5: FID and recall against the guidance weight, from results of `kaleido evaluate`."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from kaleido_jax.errors import UserError
+from kaleido_jax.evaluate.results import read_results
+from kaleido_jax.figures.style import BASELINE, COLOURS, FAINT, GREY, INK, KALEIDO
+
+METRICS = ("fid", "recall_3")
+_OTHERS = ("#7b3294", "#1b7837", "#b2182b")
+_LABELS = {"fid": "FID", "tv": "total variation to the true modes", "is": "Inception score"}
+
+
+def rows(paths: Sequence[pathlib.Path], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each model, metric and guidance weight.
+
+    Keys: model ("truth" and "theory" among them), metric, guidance (None for the truth), value (the
+    mean over seeds), low and high (the lowest and highest end of the seeds' intervals), seeds,
+    samples, feature, references, latents. A metric is a key of a result's `metrics` or `adherence`.
+
+    Raises:
+      UserError: no results, no such metric, or results that cannot be compared because protocol,
+        feature, references or settings differ.
+    """
+    results = [result for path in paths for result in read_results(path)]
+    if not results:
+        raise UserError(f"{', '.join(map(str, paths))}: no results of `kaleido evaluate`")
+    _check_alike(results)
+    found: dict[tuple, list[dict[str, Any]]] = {}
+    for result in results:
+        name = result["name"] or result["subject"]
+        for metric in metrics:
+            entry = {**result["metrics"], **result["adherence"]}.get(metric)
+            if entry is not None and entry["value"] is not None:
+                key = metric, name, result["guidance_weight"]
+                found.setdefault(key, []).append(entry | {"result": result})
+    for metric in metrics:
+        if not any(key[0] == metric for key in found):
+            known = sorted({n for r in results for n in (*r["metrics"], *r["adherence"])})
+            raise UserError(f"no result has the metric {metric!r}; there are {', '.join(known)}")
+    return [_row(*key, entries) for key, entries in sorted(found.items(), key=_order)]
+
+
+def _order(item: tuple) -> tuple:
+    metric, name, weight = item[0]
+    return metric, name, -1.0 if weight is None else weight
+
+
+def _row(metric: str, name: str, weight: float | None, entries: list[dict]) -> dict[str, Any]:
+    result = entries[0]["result"]
+    return {
+        "model": name,
+        "metric": metric,
+        "guidance": weight,
+        "value": float(np.mean([entry["value"] for entry in entries])),
+        "low": min(entry["low"] for entry in entries),
+        "high": max(entry["high"] for entry in entries),
+        "seeds": " ".join(str(entry["result"]["seed"]) for entry in entries),
+        "samples": entries[0]["samples"],
+        "feature": result["feature"]["name"],
+        "references": (result["references"] or {}).get("hash", ""),
+        "latents": " ".join(result.get("latents", [])),
+    }
+
+
+def _check_alike(results: Sequence[Mapping[str, Any]]) -> None:
+    """Only results that differ in model, weight and seed alone stand in one figure."""
+
+    def settings(result: Mapping[str, Any]) -> dict:
+        kept = dict(result.get("settings", {}))
+        return {k: v for k, v in kept.items() if k != "guidance_weight"}
+
+    for what, value in (
+        ("protocols", lambda r: r["protocol"]),
+        ("features", lambda r: r["feature"]),
+        ("references", lambda r: r["references"]),
+        ("settings", lambda r: settings(r) if r["subject"] == "model" else None),
+    ):
+        distinct = [v for v in map(value, results) if v is not None]
+        other = next((v for v in distinct if v != distinct[0]), None)
+        if other is not None:
+            raise UserError(f"the results have different {what}: {distinct[0]} and {other}")
+
+
+def draw(table: Sequence[Mapping[str, Any]]) -> Figure:
+    """A panel for each metric; bars reach over the intervals of all seeds."""
+    metrics = list(dict.fromkeys(row["metric"] for row in table))
+    figure = Figure(figsize=(4.3 * len(metrics), 3.6), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(1, len(metrics)))
+    for ax, metric in zip(axes, metrics, strict=True):
+        _panel(ax, metric, [row for row in table if row["metric"] == metric])
+    labelled = {}
+    for ax in axes:
+        labelled |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    figure.legend(
+        labelled.values(),
+        labelled.keys(),
+        loc="outside lower center",
+        ncols=max(1, len(labelled)),
+        frameon=False,
+        fontsize=10,
+    )
+    return figure
+
+
+def _panel(ax: Axes, metric: str, table: Sequence[Mapping[str, Any]]) -> None:
+    others = iter(_OTHERS * len(table))
+    for name in dict.fromkeys(row["model"] for row in table):
+        own = [row for row in table if row["model"] == name]
+        value = np.array([row["value"] for row in own])
+        if name == "truth":
+            ax.axhline(value[0], ls=":", color=GREY, lw=1.6, label="true pictures")
+            continue
+        weights = [row["guidance"] for row in own]
+        if name == "theory":
+            ax.plot(weights, value, "--", color=GREY, lw=1.4, label="theory without z (Eq. 6)")
+            continue
+        bounds = np.array([[row["low"], row["high"]] for row in own]).T
+        ax.errorbar(
+            weights,
+            value,
+            yerr=np.maximum(0, [value - bounds[0], bounds[1] - value]),
+            fmt="o-",
+            ms=5,
+            lw=2,
+            elinewidth=1,
+            capsize=2,
+            color=_colour(name) or next(others),
+            label=name,
+        )
+    weights = sorted({row["guidance"] for row in table if row["guidance"] is not None})
+    if weights and min(weights) > 0:
+        ax.set_xscale("log", base=2)
+    ax.set_xticks(weights, [f"{weight:g}" for weight in weights])
+    ax.minorticks_off()
+    ax.set_xlabel("guidance", fontsize=10, color=INK)
+    ax.set_title(_LABELS.get(metric, metric.replace("_", " ")), fontsize=12, color=INK)
+    ax.grid(axis="y", color=FAINT, lw=0.7)
+    ax.tick_params(colors=INK, labelsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _colour(name: str) -> str | None:
+    """The two models of the paper's comparison keep their colours in all figures."""
+    if name in COLOURS:
+        return COLOURS[name]
+    return BASELINE if "baseline" in name else KALEIDO if "kaleido" in name else None

@@ -1,0 +1,104 @@
+"""Makes a figure and writes it: NAME.svg, NAME.png and NAME.csv, all at once."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kaleido_jax import editing
+from kaleido_jax.data.shapes import HUE_NAMES
+from kaleido_jax.demo.shapes import CAPTIONS
+from kaleido_jax.errors import UserError
+from kaleido_jax.figures import guidance, pictures, style, tables
+from kaleido_jax.generate import Pipeline
+from kaleido_jax.latents import load_document
+
+Say = Callable[[str], None]
+
+
+def write(folder: pathlib.Path, name: str, drawing: pictures.Drawing) -> list[pathlib.Path]:
+    """Writes a figure and its data; files of the same names are replaced, others stay.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    figure, rows = drawing
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as scratch:
+            temporary = pathlib.Path(scratch)
+            style.save(figure, temporary, name)
+            tables.write_csv(temporary / f"{name}.csv", rows)
+            made = [folder / path.name for path in sorted(temporary.iterdir())]
+            for path in made:
+                os.replace(temporary / path.name, path)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+    return made
+
+
+def toy(quick: bool, seed: int, say: Say) -> pictures.Drawing:
+    """Figure 3: trains the toy's two models from scratch and samples them."""
+    from kaleido_jax.demo import toy as toy_demo
+    from kaleido_jax.demo import toy_figure
+
+    with tempfile.TemporaryDirectory(prefix="kaleido-toy-") as scratch:
+        result = toy_demo.run(
+            pathlib.Path(scratch), quick, seed, lambda line, share: say(f"{share:4.0%} {line}")
+        )
+    return toy_figure.draw(result), toy_demo.rows(result)
+
+
+def guidance_curves(results: Sequence[pathlib.Path], metrics: Sequence[str]) -> pictures.Drawing:
+    """Figure 5, from files of results."""
+    table = guidance.rows(results, metrics)
+    return guidance.draw(table), table
+
+
+def open_pipes(models: Mapping[str, pathlib.Path]) -> dict[str, Pipeline]:
+    """Models by name."""
+    return {name: Pipeline.from_pretrained(folder) for name, folder in models.items()}
+
+
+def captions_for(pipe: Pipeline, prompts: Sequence[str] | None) -> list[str]:
+    """The prompts, or those of shapes for a model of shapes.
+
+    Raises:
+      UserError: none for another model.
+    """
+    if prompts:
+        return list(prompts)
+    if pipe.config.data.source.name == "shapes":
+        return list(CAPTIONS)
+    raise UserError("this model was not trained on shapes: name captions with --prompt")
+
+
+def edits(
+    pipe: Pipeline,
+    source: pathlib.Path | None,
+    script: pathlib.Path | None,
+    prompts: Sequence[str] | None,
+    seed: int,
+    settings: Mapping[str, Any],
+) -> pictures.Drawing:
+    """Figures 8 and 14: of a document, or of the first latents that the model writes.
+
+    Raises:
+      UserError: nothing to edit, edits that cannot be made.
+    """
+    if source is not None:
+        document = load_document(source)
+    else:
+        if not pipe.names:
+            raise UserError("figures editing: this model has no latents to edit")
+        caption = captions_for(pipe, prompts)[0]
+        document = pipe.draw_latents(caption, 1, seed=seed, **settings)[0]
+    if script is not None:
+        steps = editing.read_steps(script)
+    else:
+        steps = pictures.default_steps(document, HUE_NAMES)
+    chosen = {} if source is not None else settings
+    return pictures.edited(pipe.edit(document, steps, seed=seed, **chosen), steps)
