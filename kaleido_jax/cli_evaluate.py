@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kaleido_jax import cli_arguments as arguments
+from kaleido_jax.errors import UserError
 
 PROTOCOLS = ("quick", "adm", "paper")
 
@@ -119,12 +120,19 @@ def add_evaluate(verbs: argparse._SubParsersAction, name: str) -> argparse.Argum
         action="store_true",
         help="shapes: also what ideal guidance without z would draw",
     )
+    parser.add_argument(
+        "--ideal-only",
+        action="store_true",
+        help="only --ceiling and --theory, no model",
+    )
     return parser
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluates and prints a line for each result."""
     arguments.need_folder(args.checkpoint, "--checkpoint")
+    if args.ideal_only and not (args.ceiling or args.theory):
+        raise UserError("evaluate: --ideal-only needs --ceiling, --theory or both")
     import jax
 
     from kaleido_jax.evaluate import run
@@ -154,6 +162,7 @@ def evaluate(args: argparse.Namespace) -> None:
         shard=args.shard or (jax.process_index(), jax.process_count()),
         ceiling=args.ceiling,
         theory=args.theory,
+        model=not args.ideal_only,
     )
     for result in run.run(request, lambda line: print(line, file=sys.stderr, flush=True)):
         print(_line(result))

@@ -116,6 +116,17 @@ def test_batch_size_and_other_prompts_do_not_change_a_picture():
     assert np.abs(_pipe()(PROMPT, seed=2).samples[0] - alone.samples[0]).max() > 0.01
 
 
+def test_prompts_may_have_indices_of_their_own():
+    prompts = [PROMPT, "noon: a blue shape", PROMPT]
+    together = _pipe().draw_latents(prompts, seed=1, first_index=[5, 2, 9])
+    for prompt, index, document in zip(prompts, (5, 2, 9), together, strict=True):
+        (alone,) = _pipe().draw_latents(prompt, seed=1, first_index=index)
+        assert document.sample_index == index
+        assert document.latents == alone.latents
+    with pytest.raises(UserError, match="2 values of first_index for 3 prompts"):
+        _pipe().draw_latents(prompts, first_index=[1, 2])
+
+
 def test_eight_devices_give_the_pictures_of_one():
     one = _pipe()(PROMPT, num_images=8, seed=1, batch_size=8)
     eight = _pipe(devices=8)(PROMPT, num_images=8, seed=1)

@@ -45,6 +45,7 @@ class Request:
       per_caption: pictures of each caption. batch_size: pictures at once.
       shard: (i, n), this process makes every n-th part from the i-th.
       ceiling, theory: also measure true pictures, and those of a perfect guided model.
+      model: False leaves the model out.
     """
 
     checkpoint: pathlib.Path
@@ -64,6 +65,7 @@ class Request:
     shard: tuple[int, int] = (0, 1)
     ceiling: bool = False
     theory: bool = False
+    model: bool = True
 
 
 def run(request: Request, say: Say = print) -> list[dict[str, Any]]:
@@ -94,7 +96,7 @@ def _subjects(
     """Everything that is measured, with its guidance weight; settings are checked at once."""
     weights = request.guidance or (pipe.defaults.guidance_weight,)
     found: list[tuple[Subject, float | None]] = []
-    for seed in request.seeds:
+    for seed in request.seeds if request.model else ():
         for weight in weights:
             settings = {**request.settings, "guidance_weight": weight}
             found.append(

@@ -36,13 +36,7 @@ def diversity(
     pictures: dict[str, dict[float, list]] = {}
     rows = []
     for model, pipe in pipes.items():
-        documents = pipe.draw_latents(
-            captions,
-            each,
-            seed=seed,
-            first_index=[each * n for n in range(len(captions))],
-            **settings,
-        )
+        documents = _draw(pipe, captions, each, seed, settings)
         pictures[model] = {}
         for weight in weights:
             output = pipe.render(documents, guidance_weight=weight)
@@ -63,7 +57,7 @@ def control(
     """
     if not pipe.names:
         raise UserError("figures control: this model has no latents to show")
-    output = pipe(captions, each, seed=seed, **settings)
+    output = pipe.render(_draw(pipe, captions, each, seed, settings))
     shown = [panel(i, d.latents) for i, d in zip(output.images, output.documents, strict=True)]
     titles = [document.caption for document in output.documents]
     return grids.panels(shown, titles, each), [_row(document) for document in output.documents]
@@ -104,6 +98,14 @@ def default_steps(document: LatentDocument, hues: Sequence[str]) -> list[editing
         used = {word for other, _ in found for word in other.split()}
         steps.append([("word", f"{old}={next(hue for hue in hues if hue not in used)}")])
     return steps
+
+
+def _draw(
+    pipe: Pipeline, captions: Sequence[str], each: int, seed: int, settings: Mapping[str, Any]
+) -> list[LatentDocument]:
+    """`each` documents of every caption, all of them with random numbers of their own."""
+    firsts = [each * number for number in range(len(captions))]
+    return pipe.draw_latents(captions, each, seed=seed, first_index=firsts, **settings)
 
 
 def _row(document: LatentDocument, **more: Any) -> dict[str, Any]:

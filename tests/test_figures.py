@@ -1,0 +1,155 @@
+"""Figures from results and models: what is drawn is what the CSV says."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kaleido_jax import bundle, cli
+from kaleido_jax.data import ShapesSource
+from kaleido_jax.errors import UserError
+from kaleido_jax.evaluate import results
+from kaleido_jax.figures import guidance, pictures
+from kaleido_jax.latents import LatentDocument
+from tests.test_generate import _bundle, _config
+
+
+def result(name: str, weight: float | None, seed: int, value: float, **more) -> dict:
+    subject = "model" if name not in ("truth", "theory") else name
+    return {
+        "id": f"{name}{weight}{seed}",
+        "name": name if subject == "model" else "",
+        "subject": subject,
+        "guidance_weight": weight,
+        "seed": seed,
+        "settings": {"guidance_weight": weight, "num_steps": 25},
+        "protocol": {"name": "quick", "samples": 10},
+        "feature": {"name": "shapes"},
+        "references": {"hash": "x"},
+        "metrics": {"fid": results.entry(value, (value - 1, value + 1), 10)},
+        "adherence": {"hue": results.entry(0.9, (0.8, 1.0), 10)},
+    } | more
+
+
+def results_file(folder, *more):
+    path = folder / "results.jsonl"
+    for seed in (0, 1):
+        for weight in (1.0, 8.0):
+            results.append(path, result("baseline", weight, seed, 5 + weight + seed))
+            results.append(path, result("kaleido", weight, seed, 4.0 + seed))
+        results.append(path, result("theory", 8.0, seed, 9.0))
+    results.append(path, result("truth", None, 0, 1.0))
+    for line in more:
+        results.append(path, line)
+    return path
+
+
+def read(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_guidance_curves_hold_the_results(tmp_path, capsys):
+    path = results_file(tmp_path)
+    words = f"figures guidance --results {path} --metrics fid,hue --out {tmp_path / 'out'}"
+    assert cli.main(words.split()) == 0
+    written = capsys.readouterr().out.split()
+    assert [line.rsplit(".")[-1] for line in written] == ["csv", "png", "svg"]
+    rows = read(tmp_path / "out" / "guidance.csv")
+    found = {(row["metric"], row["model"], row["guidance"]): row for row in rows}
+    one = found["fid", "baseline", "8"]
+    # Seeds 13 and 14, each one up and down.
+    assert (one["value"], one["low"], one["high"], one["seeds"]) == ("13.5", "12", "15", "0 1")
+    assert found["fid", "truth", ""]["value"] == "1"
+    assert found["hue", "kaleido", "1"]["value"] == "0.9"
+    figure = guidance.draw(guidance.rows([path], ("fid",)))
+    (axes,) = figure.axes
+    drawn = {bars.get_label(): bars for bars in axes.containers}
+    assert drawn["baseline"].lines[0].get_ydata().tolist() == [6.5, 13.5]
+    svg = (tmp_path / "out" / "guidance.svg").read_text()
+    assert svg.startswith("<?xml") and Image.open(tmp_path / "out" / "guidance.png").size[0] > 500
+    # Again: the same bytes.
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert cli.main(words.split()) == 0
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"feature": {"name": "pixels"}}, "features"),
+        ({"protocol": {"name": "quick", "samples": 11}}, "protocols"),
+        ({"settings": {"num_steps": 50}}, "settings"),
+        ({"references": {"hash": "y"}}, "references"),
+    ],
+)
+def test_results_that_cannot_be_compared_are_refused(tmp_path, change, what):
+    path = results_file(tmp_path, result("third", 2.0, 0, 1.0, **change))
+    with pytest.raises(UserError, match=f"different {what}"):
+        guidance.rows([path], ("fid",))
+
+
+def test_misuse_of_figures(tmp_path, capsys):
+    path = results_file(tmp_path)
+    for words, line in (
+        (f"guidance --results {path} --metrics recal", "no result has the metric 'recal'"),
+        ("guidance", "name results with --results"),
+        ("toy --num 3", "--num has no meaning"),
+        ("control", "--checkpoint DIR is needed"),
+        (f"guidance --results {tmp_path / 'none'}", "no results of"),
+    ):
+        assert cli.main(["figures", *words.split(), "--out", str(tmp_path / "out")]) == 2
+        assert line in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_pictures_of_models(tmp_path):
+    """Diversity, control and editing from a small model, with a row for each picture."""
+    config = _config()
+    config.data.image_size = 16
+    model = bundle.save(tmp_path / "model", _bundle(config))
+    out, few = tmp_path / "out", "--setting num_steps=1 --prompt=dawn --prompt=noon"
+    words = f"figures control --checkpoint {model} --num 2 --out {out} {few}"
+    assert cli.main(words.split()) == 0
+    rows = read(out / "control.csv")
+    assert [(row["caption"], row["index"]) for row in rows] == [
+        ("dawn", "0"),
+        ("dawn", "1"),
+        ("noon", "2"),
+        ("noon", "3"),
+    ]
+    words = f"figures diversity --checkpoint {model} --baseline {model} --guidance 1,3 --out {out}"
+    assert cli.main([*words.split(), *few.split()]) == 0
+    rows = read(out / "diversity.csv")
+    each = pictures.COLUMNS * pictures.ROWS
+    assert len(rows) == 2 * 2 * 2 * each
+    assert {row["guidance"] for row in rows} == {"1", "3"}
+    script = tmp_path / "edits.jsonl"
+    script.write_text('{"set": "text=red"}\n{"set": "text=blue"}\n')
+    words = f"figures editing --checkpoint {model} --script {script} --out {out} {few}"
+    assert cli.main(words.split()) == 0
+    rows = read(out / "editing.csv")
+    assert [row["edits"] for row in rows] == ["before", "set text=red", "set text=blue"]
+    assert np.asarray(Image.open(out / "editing.png")).std() > 0
+
+
+def test_default_edits_can_be_made():
+    from kaleido_jax import editing
+    from kaleido_jax.data.shapes import HUE_NAMES
+
+    source = ShapesSource(latents=("bbox", "blob"))
+    for number in range(20):
+        example = source[number]
+        for name in ("bbox", "blob"):
+            document = LatentDocument(example["caption"], {name: example["latents"][name]})
+            steps = pictures.default_steps(document, HUE_NAMES)
+            assert len(steps) == 3
+            for step in steps:
+                changed = editing.apply(document, step)
+                assert changed.latents != document.latents
+    with pytest.raises(UserError, match="--script"):
+        pictures.default_steps(LatentDocument("a cat", {"text": "a cat"}), HUE_NAMES)
