@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +73,8 @@ def measure(config: ConfigDict, settings: Settings) -> dict[str, Any]:
       config: a checked config; its data are not read.
 
     Returns:
-      step_seconds (median, min, max of single steps, each waited for), images_per_second,
+      step_seconds (median, min, max of single steps, each waited for), host_seconds_per_step (what
+      all cores of the host spent, on a CPU the work itself), images_per_second,
       flops_per_step (by part of the model, what rematerialisation repeats apart),
       flops_per_second and utilisation (of what the model needs, without the repeated),
       compile_seconds, memory. With `baseline`: the same of the model without latents under
@@ -119,11 +121,12 @@ def _measure(config: ConfigDict, settings: Settings) -> dict[str, Any]:
         for _ in range(settings.warmup):
             state, _ = program(state, batch)
         jax.block_until_ready(state)
-        times = []
+        times, busy = [], time.process_time()
         with measured.profiled(settings.profile):
             for _ in range(settings.repeats):
                 seconds, (state, _) = measured.timed(lambda: program(state, batch))  # noqa: B023
                 times.append(seconds)
+        busy = (time.process_time() - busy) / settings.repeats
     step = measured.spread(times)
     return {
         "bench": "train",
@@ -136,6 +139,7 @@ def _measure(config: ConfigDict, settings: Settings) -> dict[str, Any]:
         "parameters": work.parameters,
         "repeats": settings.repeats,
         "step_seconds": step,
+        "host_seconds_per_step": round(busy, 7),
         **measured.rates(step["median"], rows, flops.useful(counts)),
         "flops_per_step": counts,
         "compile_seconds": compile_seconds,
