@@ -81,6 +81,8 @@ def measure(
     encoded = _encoded(config, settings.batch_size)
     if params is None:
         params = _random_decoder(model, encoded)
+    # Once: what lies on the host, mapped from a file, would be copied in every run.
+    params = jax.device_put({"latent_decoder": params["latent_decoder"]})
     allowed = jnp.asarray(allowed_tokens(vocabulary, names, size))
     placed = jax.tree.map(jnp.asarray, tables)
     rows = np.arange(settings.batch_size, dtype=np.uint32)
