@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from kaleido_jax import compiling, flops, grammar, stages
 from kaleido_jax import config as config_lib
-from kaleido_jax import flops, grammar, stages
 from kaleido_jax.bench import measured
 from kaleido_jax.bundle import Bundle
 from kaleido_jax.generate import Pipeline
@@ -215,6 +215,6 @@ def _count(
     counts["diffusion"] = flops.useful(flops.count(picture, *given, trips=chosen.num_steps))
     if not limit:
         return counts, None, None
-    program, seconds = measured.compiled(jax.jit(picture), *given)
+    program, seconds = measured.compiled(compiling.jit(picture), *given)
     measured.check_fits(program, limit)
     return counts, program, seconds
