@@ -53,9 +53,14 @@ def simulate_devices(count: int) -> None:
     Raises:
       UserError: jax already runs with other devices.
     """
+    before = dict(os.environ), jax.config.jax_platforms
     os.environ.update(memory_plan.simulated(count))
     jax.config.update("jax_platforms", "cpu")
     if len(jax.devices()) != count or jax.devices()[0].platform != "cpu":
+        # Nothing came of it, so other processes that start from here shall not see it either.
+        os.environ.clear()
+        os.environ.update(before[0])
+        jax.config.update("jax_platforms", before[1])
         raise UserError(
             f"--simulate-devices {count}: jax already runs on {len(jax.devices())} devices here; "
             "it needs a process of its own"

@@ -142,9 +142,11 @@ def test_more_devices_than_there_are_in_a_process_of_their_own():
     ],
 )
 def test_misuse_is_one_line(capsys, words, message):
+    before, devices = os.environ.get("XLA_FLAGS"), len(jax.devices())
     assert cli.main(["train", "--config", "toy", *words.split()]) == 2
     line = capsys.readouterr().err
     assert message in line and line.count("\n") == 1
+    assert os.environ.get("XLA_FLAGS") == before and len(jax.devices()) == devices == 8
 
 
 def test_columns():
