@@ -96,6 +96,7 @@ def get_config() -> ConfigDict:
     c.model.text_encoder = ConfigDict(t5())
     c.model.latent_decoder = ConfigDict(t5(vocab_size=40320))  # Sec. 4.1: vocabulary resized
     c.model.freeze_encoder = True  # Sec. 3.3: "we freeze the context encoder"
+    c.model.frozen_storage = "float32"  # ours: or 'bfloat16', 'int8' (kernels) for a frozen encoder
     # 'all' (Sec. 3.3), 'last:N' layers or 'lora:RANK': App. C, "partial training".
     c.model.train_decoder = "all"
     # With a part of the decoder: whether embedding and head train too, as new vokens must.
@@ -125,6 +126,10 @@ def get_config() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.batch_size = 512  # App. B.2, over all devices
+    c.train.accumulate = 1  # ours: parts of a batch that are computed one after the other
+    # ml-mdm's mixed batches: parts of the rows by the highest resolution that they train, highest
+    # first: (2, 1) trains the outer network on two thirds. () trains all on every row.
+    c.train.mixed_ratio = ()
     c.train.num_steps = 400_000  # App. B.2
     c.train.latent_weight = 1.0  # eta of L = L_DM + eta L_AR (Sec. 3.3; value not given)
     c.train.cond_drop_rate = 0.1  # p_uncond (Sec. 2; value not given)

@@ -19,7 +19,7 @@ import flax.traverse_util as traverse
 import numpy as np
 from ml_collections import ConfigDict
 
-from kaleido_jax import checkpoint, lora, tensor_files, trainable
+from kaleido_jax import checkpoint, lora, quantize, tensor_files, trainable
 from kaleido_jax import config as config_lib
 from kaleido_jax.errors import UserError
 from kaleido_jax.model_card import model_card
@@ -43,6 +43,7 @@ FREE_FIELDS = (
     "train.num_samples",
     "train.max_bad_steps",
     "train.watchdog_",
+    "train.accumulate",
     "mesh.",
     "sample.",
 )
@@ -301,4 +302,4 @@ def _read_checkpoint(
     trained = "ema" if average else "params"
     state = checkpoints.restore(step, {name: shapes[name] for name in (trained, "frozen")})
     fingerprint = checkpoint.manifest_hash(checkpoints.step_folder(step))
-    return trainable.merge(state[trained], state["frozen"]), fingerprint
+    return trainable.merge(state[trained], quantize.restore(state["frozen"])), fingerprint

@@ -6,9 +6,12 @@ x_t = alpha x + sigma eps;  v = alpha eps - sigma x (Salimans & Ho 2022).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import einops
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
@@ -93,3 +96,37 @@ def pyramid(x: Image, ratios: Sequence[int]) -> Pyramid:
         factor = ratios[0] // ratio
         levels.append(einops.reduce(x, "b (h i) (w j) c -> b h w c", "mean", i=factor, j=factor))
     return tuple(levels)
+
+
+def first_rows(x: Shaped[Array, "b ..."], rows: int) -> Shaped[Array, "n ..."]:
+    """Of every group of b / gcd(b, n) rows the first n / gcd(b, n): `rows` = n of b.
+
+    Groups lie within a device's share of a batch, so nothing is sent between devices.
+    """
+    size = x.shape[0]
+    if rows == size:
+        return x
+    groups = math.gcd(size, rows)
+    grouped = x.reshape(groups, size // groups, *x.shape[1:])
+    return grouped[:, : rows // groups].reshape(rows, *x.shape[1:])
+
+
+def spread_rows(x: Shaped[Array, "n ..."], size: int) -> Shaped[Array, "b ..."]:
+    """The inverse of `first_rows`: b = `size` rows, 0 where it took none."""
+    rows = x.shape[0]
+    if rows == size:
+        return x
+    groups = math.gcd(size, rows)
+    grouped = x.reshape(groups, rows // groups, *x.shape[1:])
+    missing = ((0, 0), (0, (size - rows) // groups)) + ((0, 0),) * (x.ndim - 1)
+    return jnp.pad(grouped, missing).reshape(size, *x.shape[1:])
+
+
+def rows_of_highest(tree: Any, images: Pyramid) -> Any:
+    """What belongs to the rows of the highest resolution, of arrays for those of the lowest.
+
+    In a batch of mixed resolutions each image of the pyramid has rows of the next lower one.
+    """
+    for image in reversed(images):
+        tree = jax.tree.map(lambda x, n=image.shape[0]: first_rows(x, n), tree)
+    return tree

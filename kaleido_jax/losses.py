@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 from ml_collections import ConfigDict
 
 from kaleido_jax import diffusion, rng, schedule, tokens
@@ -28,6 +30,8 @@ class LossConfig:
       latent_weight: eta.
       cond_drop_rate: share of examples whose condition is dropped (p_uncond).
       pixel_centre, pixel_scale: image = (uint8 - centre) / scale.
+      mixed_ratio: parts of the batch by the highest resolution that they train, highest first;
+        () trains all of them on every row.
     """
 
     schedules: tuple[schedule.Schedule, ...]
@@ -38,6 +42,7 @@ class LossConfig:
     cond_drop_rate: float
     pixel_centre: float
     pixel_scale: float
+    mixed_ratio: tuple[int, ...] = ()
 
     @classmethod
     def from_config(cls, config: ConfigDict, ratios: tuple[int, ...]) -> LossConfig:
@@ -49,6 +54,13 @@ class LossConfig:
                     f"config key 'diffusion.{key}' is {kind!r}; "
                     f"one of {', '.join(diffusion.PREDICTIONS)}"
                 )
+        mixed = tuple(config.train.get("mixed_ratio", ()))
+        whole = all(isinstance(part, int) and part >= 0 for part in mixed)
+        if mixed and (len(mixed) != len(ratios) or not whole or mixed[0] < 1):
+            raise UserError(
+                f"config key 'train.mixed_ratio' is {mixed}; it must have a whole number for each "
+                f"of the {len(ratios)} resolutions, highest first and that one at least 1, or be ()"
+            )
         return cls(
             schedules=schedule.shifted_schedules(d.schedule, ratios, d.shift_power, d.shifted),
             ratios=ratios,
@@ -58,7 +70,51 @@ class LossConfig:
             cond_drop_rate=config.train.cond_drop_rate,
             pixel_centre=config.data.pixel_centre,
             pixel_scale=config.data.pixel_scale,
+            mixed_ratio=mixed,
         )
+
+    def mix(self, images: Pyramid) -> Pyramid:
+        """The rows of each resolution that train it."""
+        mixed = list(images)
+        if self.mixed_ratio:
+            part = images[0].shape[0] // sum(self.mixed_ratio)
+            rows = [part * total for total in itertools.accumulate(self.mixed_ratio)]
+            for i, image in enumerate(images):
+                for count in reversed(rows[i:]):
+                    image = diffusion.first_rows(image, count)
+                mixed[i] = image
+        return tuple(mixed)
+
+
+@flax.struct.dataclass
+class Draws:
+    """The random numbers of one step for a whole batch, made on global arrays.
+
+    Neither the mesh nor a restart changes them, nor do parts of the batch that are computed one
+    after the other.
+
+    Attributes:
+      time_index: 0..999. drop: whether the condition is dropped.
+      noises: standard normal, one array per resolution, highest first.
+    """
+
+    time_index: Int[Array, "b"]
+    drop: Bool[Array, "b"]
+    noises: Pyramid
+
+
+def draw(batch: Batch, seed: int, step: Int[Array, ""], cfg: LossConfig) -> Draws:
+    """The random numbers of `step`, from the streams of `seed`."""
+    size, side, _, channels = batch.image.shape
+    time_index = jax.random.randint(rng.stream(seed, "time", step), (size,), 0, schedule.NUM_LEVELS)
+    key = rng.stream(seed, "noise", step)
+    sides = [side * ratio // cfg.ratios[0] for ratio in cfg.ratios]
+    noises = tuple(
+        jax.random.normal(jax.random.fold_in(key, i), (size, s, s, channels))
+        for i, s in enumerate(sides)
+    )
+    drop = jax.random.uniform(rng.stream(seed, "cond_drop", step), (size,)) < cfg.cond_drop_rate
+    return Draws(time_index, drop, noises)
 
 
 def diffusion_loss(
@@ -67,8 +123,10 @@ def diffusion_loss(
     noises: Pyramid,
     time_index: Int[Array, "b"],
     cfg: LossConfig,
-) -> tuple[Float[Array, "r b"], Pyramid]:
+) -> tuple[tuple[Float[Array, "n"], ...], Pyramid]:
     """Squared error of every resolution and example, mean over pixels and channels (Eq. 3).
+
+    Higher resolutions may have fewer rows, as `diffusion.first_rows` takes them.
 
     Args:
       predict: (x_t pyramid, time_index) -> predictions pyramid.
@@ -77,9 +135,12 @@ def diffusion_loss(
       time_index: 0..999, fed to the network; the noise level is time_index + 1.
 
     Returns:
-      (errors [resolutions, batch] in the space of `cfg.loss_target`, the x_t that were fed).
+      (errors of each resolution in the space of `cfg.loss_target`, the x_t that were fed).
     """
-    coefficients = [s.alpha_sigma(time_index + 1) for s in cfg.schedules]
+    coefficients = [
+        s.alpha_sigma(diffusion.rows_of_highest(time_index, images[i:]) + 1)
+        for i, s in enumerate(cfg.schedules)
+    ]
     coefficients = [(diffusion.expand(a), diffusion.expand(s)) for a, s in coefficients]
     x_t = tuple(
         diffusion.q_sample(x, eps, *c)
@@ -93,21 +154,29 @@ def diffusion_loss(
         target = {"x0": x, "eps": eps, "v": c[0] * eps - c[1] * x}[cfg.loss_target]
         got = convert(cfg.prediction, pred.astype(jnp.float32), noisy, *c)
         errors.append(jnp.mean(jnp.square(got - target), axis=(1, 2, 3)))
-    return jnp.stack(errors), x_t
+    return tuple(errors), x_t
+
+
+def count_tokens(latent_tokens: Int[Array, "b lz"]) -> Float[Array, ""]:
+    """Number of z tokens, EOS included, at least 1."""
+    return jnp.maximum((latent_tokens != tokens.PAD).sum().astype(jnp.float32), 1.0)
 
 
 def latent_loss(
-    logits: Float[Array, "b lz1 v"], latent_tokens: Int[Array, "b lz"]
+    logits: Float[Array, "b lz1 v"],
+    latent_tokens: Int[Array, "b lz"],
+    count: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Mean cross-entropy over the z tokens of the batch, EOS included (Eq. 1), in nats.
 
-    The decoder's last position, which has read all of z, predicts nothing.
+    The decoder's last position, which has read all of z, predicts nothing. For a part of a batch
+    `count` is the number of tokens of all of it.
     """
     logits = logits[:, :-1].astype(jnp.float32)
     weights = (latent_tokens != tokens.PAD).astype(jnp.float32)
     log_probs = jax.nn.log_softmax(logits)
     picked = jnp.take_along_axis(log_probs, latent_tokens[..., None], axis=-1)[..., 0]
-    count = jnp.maximum(weights.sum(), 1.0)
+    count = count_tokens(latent_tokens) if count is None else count
     correct = (logits.argmax(-1) == latent_tokens) * weights
     loss = -(picked * weights).sum() / count
     return loss, {"loss_ar": loss, "ar_accuracy": correct.sum() / count}
@@ -144,24 +213,38 @@ def joint_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """L = L_DM + eta L_AR over one global batch.
 
-    All draws are made on global arrays from (seed, stream, step), so neither the mesh nor a
-    restart changes them. With eta = 0 the decoder still learns from L_DM through its states.
+    All draws are made from (seed, stream, step). With eta = 0 the decoder still learns from L_DM
+    through its states.
 
     Returns:
       (loss, metrics): 'loss', 'loss_dm', 'loss_dm_<side>' per resolution and, with latents,
       'loss_ar' (nats per token) and 'ar_accuracy'.
     """
+    draws = draw(batch, seed, step, cfg)
+    return drawn_loss(model, params, batch, draws, rng.stream(seed, "dropout", step), cfg)
+
+
+def drawn_loss(
+    model: Kaleido,
+    params: Params,
+    batch: Batch,
+    draws: Draws,
+    dropout: Key[Array, ""],
+    cfg: LossConfig,
+    share: float = 1.0,
+    num_tokens: Float[Array, ""] | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """What a part of a batch adds to `joint_loss` and its metrics.
+
+    Args:
+      draws: those of the part's rows. dropout: key of what the networks drop.
+      share: of the whole batch's rows; 1 is all of it.
+      num_tokens: z tokens of the whole batch; the part's own by default.
+    """
     image = diffusion.normalize(batch.image, cfg.pixel_centre, cfg.pixel_scale)
-    images = diffusion.pyramid(image, cfg.ratios)
-    size = image.shape[0]
-    time_index = jax.random.randint(rng.stream(seed, "time", step), (size,), 0, schedule.NUM_LEVELS)
-    noise_key = rng.stream(seed, "noise", step)
-    noises = tuple(
-        jax.random.normal(jax.random.fold_in(noise_key, i), x.shape) for i, x in enumerate(images)
-    )
-    drop = jax.random.uniform(rng.stream(seed, "cond_drop", step), (size,)) < cfg.cond_drop_rate
-    dropout = rng.stream(seed, "dropout", step)
-    condition, logits = train_condition(model, params, batch, drop, dropout)
+    images = cfg.mix(diffusion.pyramid(image, cfg.ratios))
+    noises = cfg.mix(draws.noises)
+    condition, logits = train_condition(model, params, batch, draws.drop, dropout)
     encoded = model.apply({"params": params}, condition, method="encode_condition")
 
     def predict(x_t: Pyramid, index: Float[Array, "b"]) -> Pyramid:
@@ -175,14 +258,14 @@ def joint_loss(
             rngs={"dropout": jax.random.fold_in(dropout, 1)},
         )
 
-    errors, _ = diffusion_loss(predict, images, noises, time_index, cfg)
-    per_resolution = errors.mean(axis=1)
-    loss = loss_dm = per_resolution.sum()
+    errors, _ = diffusion_loss(predict, images, noises, draws.time_index, cfg)
+    per_resolution = [share * error.mean() for error in errors]
+    loss = loss_dm = jnp.stack(per_resolution).sum()
     metrics = {"loss_dm": loss_dm}
     for x, error in zip(images, per_resolution, strict=True):
         metrics[f"loss_dm_{x.shape[1]}"] = error
     if logits is not None:
-        loss_ar, ar_metrics = latent_loss(logits, batch.latent_tokens)
+        loss_ar, ar_metrics = latent_loss(logits, batch.latent_tokens, num_tokens)
         metrics |= ar_metrics
         loss = loss + cfg.latent_weight * loss_ar
     return loss, metrics | {"loss": loss}

@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Int64
 from ml_collections import ConfigDict
 
-from kaleido_jax import compiling, guards, mesh, optim, rng, trainable
+from kaleido_jax import compiling, guards, losses, mesh, optim, quantize, rng, trainable
 from kaleido_jax.data import Loader, make_source
 from kaleido_jax.data.reader import MAX_BAD_FRACTION
 from kaleido_jax.errors import UserError
-from kaleido_jax.losses import LossConfig, joint_loss
+from kaleido_jax.losses import LossConfig
 from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
 from kaleido_jax.tokens import Vocabulary
 from kaleido_jax.types import Batch, Params
@@ -61,15 +62,34 @@ class Trainer:
         self.loss_config = LossConfig.from_config(config, self.model.cfg.ratios)
         self.optimizer = optim.make_optimizer(config)
         self.skip_spike = float(config.train.get("skip_spike", 0.0))
-        rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        if config.train.batch_size % rows:
-            raise UserError(
-                f"config key 'train.batch_size' is {config.train.batch_size}; it must be a "
-                f"multiple of the {rows} devices that share a batch"
-            )
+        self.parts = config.train.get("accumulate", 1)
+        self.frozen_storage = quantize.storage_of(config)
+        self._check_batch()
         boxed = jax.eval_shape(self._init_boxed)
         self.param_shardings = mesh.param_shardings(boxed, self.mesh)
         self.shardings = self._state_shardings(nn.meta.unbox(boxed))
+
+    def _check_batch(self) -> None:
+        size = self.config.train.batch_size
+        rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        if self.parts < 1:
+            raise UserError(f"config key 'train.accumulate' is {self.parts}; it must be at least 1")
+        if size % (rows * self.parts):
+            parts = f" times the {self.parts} parts of train.accumulate" if self.parts > 1 else ""
+            raise UserError(
+                f"config key 'train.batch_size' is {size}; it must be a multiple of the {rows} "
+                f"devices that share a batch{parts}"
+            )
+        if size % (self._unit * self.parts):
+            raise UserError(
+                f"config key 'train.batch_size' is {size}; it must be a multiple of the sum of "
+                f"train.mixed_ratio, {self._unit}, times train.accumulate, {self.parts}"
+            )
+
+    @property
+    def _unit(self) -> int:
+        """Rows that a mixed batch divides among its resolutions."""
+        return sum(self.loss_config.mixed_ratio) or 1
 
     def _init_boxed(self) -> Any:
         d, ratios = self.config.data, self.model.cfg.ratios
@@ -87,6 +107,7 @@ class Trainer:
     def _state_shardings(self, abstract: Params) -> TrainState:
         whole = mesh.replicated(self.mesh)
         trained, frozen = trainable.split(self.param_shardings, self.trainable)
+        frozen = quantize.store_shardings(frozen, self.frozen_storage)
         shapes, _ = jax.eval_shape(lambda tree: trainable.split(tree, self.trainable), abstract)
         slots = jax.eval_shape(self.optimizer.init, shapes)
         opt_state = optax.tree.map_params(
@@ -102,6 +123,7 @@ class Trainer:
     def _init(self) -> TrainState:
         params = nn.meta.unbox(self._init_boxed())
         params, frozen = trainable.split(params, self.trainable)
+        frozen = quantize.store(frozen, self.frozen_storage)
         # The average starts at the parameters, in memory of its own (the state is donated).
         ema = jax.tree.map(jnp.copy, params)
         slots = self.optimizer.init(params)
@@ -133,14 +155,51 @@ class Trainer:
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """L = L_DM + eta L_AR of one global batch at `step`; pure."""
         merged = trainable.merge(params, frozen)
-        return joint_loss(self.model, merged, batch, self.config.seed, step, self.loss_config)
+        cfg = self.loss_config
+        return losses.joint_loss(self.model, merged, batch, self.config.seed, step, cfg)
+
+    def gradients(self, state: TrainState, batch: Batch) -> tuple[Params, dict[str, Any]]:
+        """Gradients of `loss` and its metrics, over `train.accumulate` parts one after the other.
+
+        The random numbers are those of the whole batch (what a network's dropout leaves out is
+        drawn for each part), and a part weighs what its rows and tokens are of it.
+        """
+        if self.parts == 1:
+            return jax.grad(self.loss, has_aux=True)(state.params, state.frozen, batch, state.step)
+        seed, cfg = self.config.seed, self.loss_config
+        draws = losses.draw(batch, seed, state.step, cfg)
+        count = losses.count_tokens(batch.latent_tokens)
+        dropout = rng.stream(seed, "dropout", state.step)
+
+        def loss(params: Params, part: Batch, own: losses.Draws, key: Any) -> Any:
+            merged, share = trainable.merge(params, state.frozen), 1 / self.parts
+            return losses.drawn_loss(self.model, merged, part, own, key, cfg, share, count)
+
+        def add(total: Any, inputs: Any) -> tuple[Any, None]:
+            number, part, own = inputs
+            key = jax.random.fold_in(dropout, number)
+            new = jax.grad(loss, has_aux=True)(state.params, part, own, key)
+            grads, metrics = jax.tree.map(jnp.add, total, new)
+            return (jax.lax.with_sharding_constraint(grads, self.shardings.params), metrics), None
+
+        inputs = (jnp.arange(self.parts), *jax.tree.map(self._in_parts, (batch, draws)))
+        _, part, own = jax.tree.map(lambda x: x[0], inputs)
+        _, metrics = jax.eval_shape(loss, state.params, part, own, dropout)
+        zeros = jax.tree.map(jnp.zeros_like, (state.params, metrics))
+        return jax.lax.scan(add, zeros, inputs)[0]
+
+    def _in_parts(self, x: Array) -> Array:
+        """[b, ..] as [parts, b / parts, ..]; every part has rows of every device."""
+        units = x.reshape(-1, self.parts, self._unit, *x.shape[1:])
+        parts = jnp.moveaxis(units, 1, 0).reshape(self.parts, -1, *x.shape[1:])
+        rows = mesh.batch_sharding(self.mesh).spec
+        return jax.lax.with_sharding_constraint(parts, PartitionSpec(None, *rows))
 
     def update(
         self, state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
         """One update of the state; pure. One that `guards.judge` drops only moves the step on."""
-        grad = jax.grad(self.loss, has_aux=True)
-        grads, metrics = grad(state.params, state.frozen, batch, state.step)
+        grads, metrics = self.gradients(state, batch)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         o = self.config.optim

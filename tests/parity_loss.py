@@ -51,7 +51,7 @@ def check_loss(path: pathlib.Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         errors, x_t = diffusion_loss(
             predict, images, noises, jnp.asarray(file["input/time_index"]), cfg
         )
-        return errors.sum(axis=0).mean(), (errors.sum(axis=0), x_t)
+        return sum(errors).mean(), (sum(errors), x_t)
 
     grads, (per_example, x_t) = jax.grad(loss, has_aux=True)(params)
     norms = json.loads(str(file["grad_norms_json"]))

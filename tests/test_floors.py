@@ -20,8 +20,8 @@ MAX_LINES = 450
 GROUPS = {
     0: {
         "vocabulary": (
-            "compiled compiling config diffusion distributed errors flops latents locks lora mesh"
-            " prompts rng schedule sidecars trainable types"
+            "compiled compiling config diffusion distributed errors flops latents locks"
+            " lora mesh prompts quantize rng schedule sidecars trainable types"
         ),
     },
     1: {

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kaleido_jax import diffusion
 from kaleido_jax.errors import UserError
 from kaleido_jax.models import layers, unet
 from kaleido_jax.models.layers import Features, Mask, Tokens
@@ -148,16 +149,24 @@ class Model(nn.Module):
         train: bool,
         features: Features | None = None,
     ) -> tuple[Pyramid, Features]:
-        """(predictions, last features before the head); `features` come from an outer network."""
+        """(predictions, last features before the head); `features` come from an outer network.
+
+        Images of higher resolutions may have fewer rows, as `diffusion.first_rows` takes them: the
+        other rows run through the inner network alone, which then gets no features for them.
+        """
         c = self.config
         self._check_sides(images)
-        states, mask, vector = condition
-        emb = self.outer.embed(time_index, vector, micro)
+        own = diffusion.rows_of_highest((time_index, condition, micro), images)
+        own_time, (states, mask, vector), own_micro = own
+        emb = self.outer.embed(own_time, vector, own_micro)
         image = images[0] if c.skip_normalization else standardise(images[0])
         x, skips = self.outer.descend(image, emb, states, mask, train, features)
-        inside = None if c.skip_inner_unet_input else self.to_inner(x)
+        inside = None
+        if not c.skip_inner_unet_input:
+            inside = diffusion.spread_rows(self.to_inner(x), images[1].shape[0])
         lower, inside = self.inner.run(images[1:], time_index, condition, micro, train, inside)
-        x = self.outer.ascend(x + self.from_inner(inside), skips, emb, states, mask, train)
+        back = self.from_inner(diffusion.first_rows(inside, x.shape[0]))
+        x = self.outer.ascend(x + back, skips, emb, states, mask, train)
         return (self.outer.head(x), *lower), x
 
     def _check_sides(self, images: Pyramid) -> None:

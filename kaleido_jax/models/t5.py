@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kaleido_jax import quantize
 from kaleido_jax.models.t5_layers import (
     DecoderLayer,
     EncoderLayer,
@@ -41,10 +42,21 @@ SCAN_AXIS = 1
 
 
 def _run_stack(
-    layer: type[nn.Module], fields: dict[str, Any], count: int, x: Array, *args
+    layer: type[nn.Module],
+    fields: dict[str, Any],
+    count: int,
+    x: Array,
+    *args,
+    rounded: bool = False,
 ) -> Array:
-    """Apply `count` layers, as `layers_0..` or, with scan_layers, as one scanned `layers`."""
+    """Apply `count` layers, as `layers_0..` or, with scan_layers, as one scanned `layers`.
+
+    `rounded` layers have 8-bit kernels, which become arrays one layer at a time.
+    """
     cfg: T5Config = fields["cfg"]
+    if rounded:
+        dtype = jnp.dtype(cfg.dtype)
+        layer = nn.map_variables(layer, "params", lambda tree: _restored(tree, dtype))
     if cfg.remat_policy != "none":
         minimal = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
         # A scan's body is not merged with its backward pass, so it needs no barrier against CSE.
@@ -66,6 +78,10 @@ def _run_stack(
     for i in range(count):
         x, _ = layer(**fields, name=f"layers_{i}")(x, *args)
     return x
+
+
+def _restored(collections: Mapping[str, Any], dtype: Any) -> dict[str, Any]:
+    return {name: quantize.restore(tree, dtype) for name, tree in collections.items()}
 
 
 class Encoder(nn.Module):
@@ -93,7 +109,13 @@ class Encoder(nn.Module):
         x = nn.with_logical_constraint(x, ("batch", "length", "embed"))
         fields = {"cfg": cfg, "train": train}
         x = _run_stack(
-            EncoderLayer, fields, cfg.num_encoder_layers, x, mask[:, None, None, :], bias
+            EncoderLayer,
+            fields,
+            cfg.num_encoder_layers,
+            x,
+            mask[:, None, None, :],
+            bias,
+            rounded=quantize.is_rounded(self.variables.get("params", {})),
         )
         x = rms_norm(cfg, "encoder_norm")(x)
         return nn.with_logical_constraint(dropout(cfg, train)(x), ("batch", "length", "embed"))
