@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from kaleido_jax import bundle, checkpoint, locks, optim, runlog, trainable, warm_start
+from kaleido_jax import bundle, checkpoint, locks, optim, quantize, runlog, trainable, warm_start
 from kaleido_jax import config as config_lib
 from kaleido_jax.data import Loader
 from kaleido_jax.errors import PREEMPTED, StopRun, UserError
@@ -24,7 +24,7 @@ from kaleido_jax.preemption import Signals
 from kaleido_jax.tokens import Vocabulary
 from kaleido_jax.train import Trainer, TrainState, make_loader
 from kaleido_jax.trainable import Trainable
-from kaleido_jax.types import Batch
+from kaleido_jax.types import Batch, Params
 from kaleido_jax.watchdog import Watchdog
 
 # Called with (step, bundle of the averaged parameters); returns a picture [H, W, 3] or None.
@@ -178,12 +178,13 @@ def _start_from(state: TrainState, config: ConfigDict, say: Callable[[str], None
     with the average; imports and exports have one set for both.
     """
     what = Trainable.from_config(config)
-    merged = trainable.merge(state.ema, state.frozen)
+    merged = trainable.merge(state.ema, quantize.restore(state.frozen))
     averaged = warm_start.warm_start(merged, config, config.init_from, say)
     ema, frozen = trainable.split(averaged, what)
     merged = trainable.merge(state.params, frozen)
     trained = warm_start.warm_start(merged, config, config.init_from, average=False)
     params, _ = trainable.split(trained, what)
+    frozen = quantize.store(frozen, quantize.storage_of(config))
     new = state.replace(params=params, frozen=frozen, ema=ema)
     # Layers that were cut out of an array are placed anew.
     return jax.tree.map(lambda leaf, old: jax.device_put(leaf, old.sharding), new, state)
@@ -268,7 +269,16 @@ class _Run:
             )
 
     def _draw(self, state: TrainState, step: int) -> None:
-        params = trainable.merge(state.ema, state.frozen)
+        params = trainable.merge(state.ema, quantize.restore(state.frozen))
+        several = jax.process_count() > 1
+        if several:
+            params = multihost_utils.process_allgather(params, tiled=True)
+        if jax.process_index() == 0:
+            self._draw_grid(params, step)
+        if several:  # the others wait here, where the watchdog is patient
+            multihost_utils.sync_global_devices(f"drawn {step}")
+
+    def _draw_grid(self, params: Params, step: int) -> None:
         model = bundle.plain_model(self.trainer.config, params)
         image = self.sample_hook(step, bundle.Bundle(*model, self.vocabulary, f"step {step}"))
         if image is not None:
