@@ -96,7 +96,7 @@ def get_config() -> ConfigDict:
     c.model.text_encoder = ConfigDict(t5())
     c.model.latent_decoder = ConfigDict(t5(vocab_size=40320))  # Sec. 4.1: vocabulary resized
     c.model.freeze_encoder = True  # Sec. 3.3: "we freeze the context encoder"
-    c.model.frozen_storage = "float32"  # ours: or 'bfloat16', 'int8' (kernels) for a frozen encoder
+    c.model.frozen_storage = "float32"  # ours, of a frozen encoder: or 'bfloat16', 'int8'
     # 'all' (Sec. 3.3), 'last:N' layers or 'lora:RANK': App. C, "partial training".
     c.model.train_decoder = "all"
     # With a part of the decoder: whether embedding and head train too, as new vokens must.

@@ -1,4 +1,4 @@
-"""How frozen parameters are kept: float32, bfloat16, or kernels in 8 bits.
+"""How a frozen encoder is kept: in float32, in bfloat16, or with kernels in 8 bits.
 
 Weights alone are rounded, never activations. An 8-bit kernel is {'int8': [in, .., out], 'scale':
 [1, .., out]} in the place of its array, one scale for each output channel (and layer, where a scan
@@ -7,7 +7,7 @@ stacks them): kernel = int8 * scale, off by at most half a scale.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,13 +25,31 @@ _LARGEST = 127
 
 
 def storage_of(config: ConfigDict) -> str:
-    """`config.model.frozen_storage`; raises UserError where it is none of STORAGES."""
+    """`config.model.frozen_storage`.
+
+    Raises:
+      UserError: it is none of STORAGES, or the encoder is not frozen.
+    """
     kind = config.model.get("frozen_storage", "float32")
     if kind not in STORAGES:
         raise UserError(
             f"config key 'model.frozen_storage' is {kind!r}; one of {', '.join(STORAGES)}"
         )
+    if kind != "float32" and not config.model.freeze_encoder:
+        raise UserError(
+            f"config key 'model.frozen_storage' is {kind!r}; it needs model.freeze_encoder=True"
+        )
     return kind
+
+
+def of_encoder(
+    function: Callable[[Params, str], dict[str, Any]], frozen: Params, kind: str
+) -> dict[str, Any]:
+    """`store` or `store_shardings` of the text encoder among the frozen parts."""
+    return {
+        part: function(tree, kind) if part == "text_encoder" else tree
+        for part, tree in frozen.items()
+    }
 
 
 def store(params: Params, kind: str) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Trainer:
     def _state_shardings(self, abstract: Params) -> TrainState:
         whole = mesh.replicated(self.mesh)
         trained, frozen = trainable.split(self.param_shardings, self.trainable)
-        frozen = quantize.store_shardings(frozen, self.frozen_storage)
+        frozen = quantize.of_encoder(quantize.store_shardings, frozen, self.frozen_storage)
         shapes, _ = jax.eval_shape(lambda tree: trainable.split(tree, self.trainable), abstract)
         slots = jax.eval_shape(self.optimizer.init, shapes)
         opt_state = optax.tree.map_params(
@@ -123,7 +123,7 @@ class Trainer:
     def _init(self) -> TrainState:
         params = nn.meta.unbox(self._init_boxed())
         params, frozen = trainable.split(params, self.trainable)
-        frozen = quantize.store(frozen, self.frozen_storage)
+        frozen = quantize.of_encoder(quantize.store, frozen, self.frozen_storage)
         # The average starts at the parameters, in memory of its own (the state is donated).
         ema = jax.tree.map(jnp.copy, params)
         slots = self.optimizer.init(params)

@@ -184,7 +184,7 @@ def _start_from(state: TrainState, config: ConfigDict, say: Callable[[str], None
     merged = trainable.merge(state.params, frozen)
     trained = warm_start.warm_start(merged, config, config.init_from, average=False)
     params, _ = trainable.split(trained, what)
-    frozen = quantize.store(frozen, quantize.storage_of(config))
+    frozen = quantize.of_encoder(quantize.store, frozen, quantize.storage_of(config))
     new = state.replace(params=params, frozen=frozen, ema=ema)
     # Layers that were cut out of an array are placed anew.
     return jax.tree.map(lambda leaf, old: jax.device_put(leaf, old.sharding), new, state)

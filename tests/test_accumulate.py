@@ -167,3 +167,14 @@ def test_a_run_with_a_rounded_encoder_leaves_it_as_it_is_and_moves_the_loss_litt
     jax.tree.map(np.testing.assert_array_equal, kept, jax.device_get(state.frozen))
     with pytest.raises(UserError, match=r"'model\.frozen_storage' is 'int4'; one of float32"):
         one_device("model.frozen_storage=int4")
+    with pytest.raises(UserError, match=r"'int8'; it needs model\.freeze_encoder=True"):
+        one_device("model.frozen_storage=int8", "model.freeze_encoder=False")
+
+
+def test_only_the_encoder_is_kept_in_fewer_bits():
+    """The decoder's frozen layers are joined with those that train."""
+    trainer = one_device("model.frozen_storage=int8", "model.train_decoder=last:1")
+    frozen = trainer.abstract_state().frozen
+    kinds = {part: {str(x.dtype) for x in jax.tree.leaves(t)} for part, t in frozen.items()}
+    assert kinds["text_encoder"] == {"int8", "float32", "bfloat16"}
+    assert kinds["latent_decoder"] == {"float32"}
