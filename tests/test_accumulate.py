@@ -153,6 +153,7 @@ def test_the_encoder_reads_eight_bit_kernels_a_layer_at_a_time(scan):
     assert 0 < error.max() < 0.05 * np.abs(states).max()
 
 
+@pytest.mark.slow
 def test_a_run_with_a_rounded_encoder_leaves_it_as_it_is_and_moves_the_loss_little():
     trainer = one_device("model.frozen_storage=int8")
     state, batch = trainer.init(), first_batch(trainer.config)
