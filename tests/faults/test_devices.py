@@ -136,6 +136,7 @@ def test_processes_give_the_losses_of_one_and_go_on_in_another_number(tmp_path):
     process = local(workdir, 2, 4, *two)
     while process.poll() is None and len(metrics(workdir)) < 8:
         time.sleep(0.05)
+    assert process.poll() is None, process.communicate()[0][-3000:]
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert 8 <= len(metrics(workdir)) < 20
