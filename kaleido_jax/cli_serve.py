@@ -7,6 +7,7 @@ import os
 import pathlib
 
 from kaleido_jax import cli_arguments as arguments
+from kaleido_jax import cli_sample
 from kaleido_jax.errors import UserError
 
 TOKEN_VARIABLE = "KALEIDO_TOKEN"
@@ -53,6 +54,7 @@ def add_serve(verbs: argparse._SubParsersAction, name: str) -> argparse.Argument
         metavar="N",
         help="requests that may wait at once (default: 32)",
     )
+    cli_sample.add_cache(parser)
     return parser
 
 
@@ -61,6 +63,7 @@ def serve(args: argparse.Namespace) -> None:
     for flag in ("checkpoint", "baseline"):
         if getattr(args, flag) is not None:
             arguments.need_folder(getattr(args, flag), f"--{flag}")
+    cli_sample.use_cache(args)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         from kaleido_jax.ui import server

@@ -95,7 +95,12 @@ class Page:
                     captions[0], label="Caption", lines=2, max_length=2000, elem_id="k-caption"
                 )
                 number = gr.Slider(
-                    1, bounds.MAX_NUMBER, bounds.BATCH, step=1, label="Number of pictures"
+                    1,
+                    bounds.MAX_NUMBER,
+                    bounds.BATCH,
+                    step=1,
+                    label="Number of pictures",
+                    elem_id="k-number",
                 )
                 with gr.Accordion("More settings", open=False):
                     guidance = gr.Number(
@@ -142,11 +147,12 @@ class Page:
                 self._slider = picks(elem_id="k-slider")
                 with gr.Row():
                     again = gr.Button(
-                        "Draw again", variant="primary", elem_id="k-again", min_width=110
+                        "Draw again", variant="primary", elem_id="k-again", min_width=100
                     )
-                    cancel = gr.Button("Cancel", min_width=80)
-                    undo = gr.Button("Undo", elem_id="k-undo", min_width=80)
-                    redo = gr.Button("Redo", min_width=80)
+                    cancel = gr.Button("Cancel", min_width=100)
+                with gr.Row():
+                    undo = gr.Button("Undo", elem_id="k-undo", min_width=100)
+                    redo = gr.Button("Redo", min_width=100)
                 self._caption = gr.Textbox(
                     label="Caption", lines=2, max_length=2000, interactive=False
                 )

@@ -1,0 +1,332 @@
+"""The page in headless Chromium: draw, drag a box, draw again, undo, save, open; how it looks.
+
+KALEIDO_SCREENSHOTS=docs writes the screenshots of the documents anew.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("gradio", reason="needs the extra 'ui'")
+pytest.importorskip("selenium", reason="needs selenium (extra 'test')")
+
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from kaleido_jax.latents import bbox, load_document, read_png
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),
+    pytest.mark.skipif(
+        not (CHROMIUM and DRIVER),
+        reason="needs chromium and chromedriver (Debian's chromium-driver)",
+    ),
+]
+WAIT = 300
+# Of eight pictures of this caption the one whose box is dragged across.
+CAPTION, PICTURE = "night: a green shape", 6
+SCREENSHOTS = os.environ.get("KALEIDO_SCREENSHOTS")
+ROLES = {"button", "textbox", "spinbutton", "slider", "checkbox", "combobox", "tab", "link"}
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """`kaleido serve` as it is started by hand."""
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kaleido_jax.cli", "serve", "--port", "0"],
+            stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    until = time.monotonic() + WAIT
+    while not (found := re.search(r"http://[\d.:]+/", log.read_text())):
+        assert process.poll() is None and time.monotonic() < until, log.read_text()
+        time.sleep(0.2)
+    yield found[0]
+    process.terminate()
+    assert process.wait(30) in (0, -15), log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory):
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def driver(downloads):
+    options = webdriver.ChromeOptions()
+    for word in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+    ):  # fmt: skip
+        options.add_argument(word)
+    options.binary_location = CHROMIUM
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    found = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield found
+    found.quit()
+
+
+class Visitor:
+    """A person at the page."""
+
+    def __init__(self, driver, address):
+        self.driver, self.address = driver, address
+
+    def open(self, width=1280, height=1000, dark=False):
+        size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.driver.get(self.address + ("?__theme=dark" if dark else ""))
+        self.wait("#k-draw")
+
+    def wait(self, css, count=1):
+        """The elements that can be seen, once there are `count`."""
+
+        def there(driver):
+            found = [e for e in driver.find_elements(By.CSS_SELECTOR, css) if e.is_displayed()]
+            return found if len(found) >= count else None
+
+        return WebDriverWait(self.driver, WAIT).until(there, f"{css} x {count}")
+
+    def until(self, condition, words):
+        return WebDriverWait(self.driver, WAIT).until(lambda _: condition(), words)
+
+    def click(self, css):
+        (button, *_) = self.wait(css)
+        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
+        button.click()
+
+    def tab(self, name):
+        """Chooses a tab; at narrow widths it is in the menu of those that have no room."""
+
+        def find():
+            found = self.driver.find_elements(By.XPATH, f"//button[contains(., '{name}')]")
+            return [e for e in found if e.is_displayed() and e.text.strip() == name]
+
+        if not find():
+            self.click(".overflow-menu > button")
+        self.until(find, name)[0].click()
+
+    def type(self, css, words):
+        (box, *_) = self.wait(css)
+        box.send_keys(Keys.CONTROL, "a")
+        box.send_keys(words)
+
+    def boxes(self):
+        return self.wait("#k-bbox textarea")[0].get_attribute("value")
+
+    def drag(self, dx, dy):
+        """Drags the first box by thousandths of the picture, in steps as a hand does."""
+        (shape, *_) = self.wait("#k-editor g.k-shape")
+        width = self.wait("#k-editor svg")[0].size["width"]
+        hand = ActionChains(self.driver).move_to_element(shape).click_and_hold()
+        for _ in range(4):
+            hand.move_by_offset(round(dx * width / 4000), round(dy * width / 4000))
+        hand.release().perform()
+
+    def shot(self, name):
+        """A screenshot, small enough for the documents."""
+        picture = Image.open(BytesIO(self.driver.get_screenshot_as_png())).convert("RGB")
+        if SCREENSHOTS and not name.endswith("dark"):
+            picture.quantize(96).save(pathlib.Path(SCREENSHOTS) / f"{name}.png", optimize=True)
+        return picture
+
+
+@pytest.fixture(scope="module")
+def visitor(driver, address):
+    return Visitor(driver, address)
+
+
+def picture_of(element):
+    data = element.get_attribute("src").partition("base64,")[2]
+    return np.asarray(Image.open(BytesIO(base64.b64decode(data))).convert("RGB"))
+
+
+def centre(image, hue):
+    """Where the object of a hue lies, in thousandths."""
+    from kaleido_jax.data import shapes_detector
+
+    found = shapes_detector.read(image).by_hue(hue)
+    assert found is not None
+    return found.ellipse[:2]
+
+
+def test_a_box_is_dragged_and_the_object_follows(visitor, downloads):
+    from kaleido_jax.data.shapes import HUE_NAMES
+
+    hue = HUE_NAMES.index("green")
+    visitor.open(1280, 1150)
+    visitor.type("#k-caption textarea", CAPTION)
+    visitor.type("#k-number input[type=number]", "8")
+    visitor.click("#k-draw")
+    buttons = visitor.wait("#k-cards [data-pick]", 8)
+    visitor.driver.execute_script(
+        "arguments[0].scrollIntoView({block: 'center'})", buttons[PICTURE]
+    )
+    buttons[PICTURE].click()
+
+    # Drag the box to the other side; the string follows, and says what was changed.
+    before = visitor.until(lambda: visitor.boxes() or None, "boxes")
+    box = bbox.parse(before)[0].boxes[0]
+    middle = (box.x1 + box.x2) / 2
+    visitor.drag(750 - middle if middle < 500 else 250 - middle, 0)
+    visitor.until(lambda: visitor.boxes() != before, "the string follows")
+    dragged = bbox.parse(visitor.boxes())[0].boxes[0]
+    assert (
+        abs(dragged.x1 - box.x1) > 200 and abs((dragged.x2 - dragged.x1) - (box.x2 - box.x1)) <= 1
+    )
+    visitor.wait("#k-marks ins")
+    visitor.shot("page-1280")
+
+    visitor.click("#k-again")
+    visitor.wait("#k-slider .k-over")
+    old, new = (
+        picture_of(e) for e in visitor.driver.find_elements(By.CSS_SELECTOR, "#k-slider img")
+    )
+    moved = centre(new, hue)[0] - centre(old, hue)[0]
+    wanted = dragged.x1 - box.x1
+    assert moved * wanted > 0 and abs(moved) > 150, f"dragged by {wanted}, moved by {moved:.0f}"
+
+    # Save it, undo, and go on from the file.
+    visitor.tab("History")
+    (current,) = visitor.wait("#k-strip li[aria-current]")
+    current.find_element(By.CSS_SELECTOR, "a[download]").click()
+    path = downloads / "kaleido-008.png"
+    visitor.until(path.exists, "the file")
+    image, document = read_png(path)
+    np.testing.assert_array_equal(image, new)
+    assert bbox.parse(document.latents["bbox"])[0].boxes[0] == dragged
+    visitor.tab("Edit")
+    visitor.click("#k-undo")
+    visitor.until(lambda: visitor.boxes() == before, "undone")
+
+    visitor.tab("History")
+    upload = visitor.driver.find_element(By.CSS_SELECTOR, "#k-upload input[type=file]")
+    upload.send_keys(str(path))
+    visitor.until(lambda: "Opened as picture 9" in visitor.driver.page_source, "the file is opened")
+    visitor.tab("Edit")
+    visitor.until(lambda: visitor.boxes() == document.latents["bbox"], "its boxes")
+    visitor.tab("History")
+    visitor.click("#k-pack button, button#k-pack")
+    archive = downloads / "kaleido-session.zip"
+    visitor.until(archive.exists, "the session")
+
+    # The archive is a session that is made again to the same bytes.
+    shutil.unpack_archive(archive, downloads)
+    run = pathlib.Path(__file__).resolve().parent.parent / "kaleido_jax/assets/shapes_kaleido"
+    again = subprocess.run(
+        [
+            sys.executable, "-m", "kaleido_jax.cli", "edit", "--checkpoint", str(run),
+            "--session", str(downloads / "kaleido-session"), "--out", str(downloads / "again"),
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0 and "10 of 10 pictures" in again.stdout, again.stderr
+    assert load_document(downloads / "again" / "000008.png") == document
+
+
+def test_the_keyboard_is_enough(visitor):
+    visitor.open()
+    visitor.click("#k-draw")
+    visitor.wait("#k-cards [data-pick]")[0].send_keys(Keys.ENTER)
+    before = visitor.until(lambda: visitor.boxes() or None, "boxes")
+    (shape, *_) = visitor.wait("#k-editor g.k-shape")
+    visitor.driver.execute_script("arguments[0].focus()", shape)
+    keys = ActionChains(visitor.driver)
+    keys.send_keys(Keys.ARROW_UP, Keys.ARROW_UP, Keys.ARROW_LEFT, Keys.ARROW_LEFT).perform()
+    visitor.until(lambda: visitor.boxes() != before, "moved by arrows")
+    old, new = (bbox.parse(s)[0].boxes[0] for s in (before, visitor.boxes()))
+    assert (max(old.x1 - 20, 0), max(old.y1 - 20, 0)) == (new.x1, new.y1)
+
+    # Rename it, add one, take it away again.
+    (name, *_) = visitor.wait("#k-editor tbody input[type=text]")
+    name.send_keys(Keys.CONTROL, "a")
+    name.send_keys("a pale red disc", Keys.TAB)
+    visitor.until(lambda: visitor.boxes().startswith("a pale red disc ("), "renamed")
+    count = len(visitor.wait("#k-editor g.k-shape"))
+    visitor.wait("#k-editor [data-add=bbox]")[0].send_keys(Keys.ENTER)
+    visitor.until(lambda: "a new object (350, 350, 650, 650)" in visitor.boxes(), "added")
+    (added,) = visitor.wait("#k-editor g.k-chosen")
+    visitor.driver.execute_script("arguments[0].focus()", added)
+    ActionChains(visitor.driver).send_keys(Keys.DELETE).perform()
+    visitor.until(lambda: "a new object" not in visitor.boxes(), "deleted")
+    assert len(visitor.wait("#k-editor g.k-shape")) == count
+
+    # A mistake is shown where it is; the shapes stay.
+    (text, *_) = visitor.wait("#k-bbox textarea")
+    text.send_keys(Keys.CONTROL, "a")
+    text.send_keys("a dog (1, 2, 1, 4)")
+    (mistake,) = visitor.wait("#k-marks .k-error mark")
+    assert mistake.text == "("
+    visitor.click("#k-again")
+    visitor.until(lambda: "must be less than" in visitor.driver.page_source, "refused")
+
+
+def test_everything_has_a_name_and_fits(visitor):
+    for width, dark in ((1280, False), (390, False), (390, True)):
+        visitor.open(width, 1500 if width < 600 else 1000, dark)
+        visitor.click("#k-draw")
+        visitor.wait("#k-cards [data-pick]")[0].click()
+        visitor.wait("#k-editor g.k-shape")
+        wide = visitor.driver.execute_script("return document.documentElement.scrollWidth")
+        assert wide <= width
+        tree = visitor.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+        nameless = [
+            node["role"]["value"]
+            for node in tree
+            if not node.get("ignored")
+            and node["role"]["value"] in ROLES
+            and not node.get("name", {}).get("value", "").strip()
+        ]
+        assert not nameless
+        pale = visitor.shot(f"page-{width}" + ("-dark" if dark else "")) if width < 600 else None
+        if pale is not None:
+            light = np.asarray(pale).mean() > 128
+            assert light != dark
+
+
+def test_both_models_are_compared(visitor):
+    visitor.open()
+    visitor.tab("Compare")
+    visitor.click("#k-compare")
+    visitor.wait("#k-table table")
+    rows = visitor.driver.find_elements(By.CSS_SELECTOR, "#k-table tbody tr")
+    heads = visitor.driver.find_elements(By.CSS_SELECTOR, "#k-table thead th")
+    assert [head.text for head in heads] == [f"guidance {w}" for w in (1, 2, 4, 8)]
+    assert [row.find_element(By.TAG_NAME, "th").text for row in rows] == ["baseline", "Kaleido"]
+    for row in rows:
+        assert len(row.find_elements(By.TAG_NAME, "img")) == 16
+
+
+def test_nothing_came_from_elsewhere_and_no_script_failed(visitor):
+    foreign = []
+    for line in visitor.driver.get_log("performance"):
+        message = json.loads(line["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            url = message["params"]["request"]["url"]
+            if not url.startswith((visitor.address, "data:", "blob:", "chrome")):
+                foreign.append(url)
+    assert not foreign
+    severe = [line for line in visitor.driver.get_log("browser") if line["level"] == "SEVERE"]
+    assert not severe
