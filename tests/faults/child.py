@@ -22,7 +22,7 @@ class HangingSource(ToySource):
     """The toy; reads after the first `reads` never come back."""
 
     def __init__(self, seed: int, num_examples: int, reads: int):
-        super().__init__(seed, num_examples)
+        super().__init__(num_examples, seed)
         self._left = reads
 
     def __getitem__(self, index: int) -> Any:
