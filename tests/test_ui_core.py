@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import threading
+import time
 import zipfile
 from io import BytesIO
 
@@ -144,6 +145,30 @@ def test_failures_reach_their_owner_and_the_worker_lives_on():
         ticket.result()
     good = pool.submit(lambda engine, tell: 7, "a")
     assert finished(good).state == worker.DONE and good.result() == 7
+    pool.close()
+
+
+def test_warming_up_makes_way_and_goes_on_later():
+    begun, go, tries = threading.Event(), threading.Event(), []
+
+    def warm(engine, tell):
+        tries.append(engine)
+        begun.set()
+        until(go)
+        tell(worker.Report("compiling"))
+        tries.append("warm")
+
+    pool = worker.Pool(["device"], [warm])
+    until(begun)
+    ticket = pool.submit(lambda engine, tell: list(tries), "a")
+    assert not pool.is_warm()
+    go.set()
+    finished(ticket)
+    assert ticket.result() == ["device"]
+    end = time.monotonic() + 60
+    while not pool.is_warm() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert tries == ["device", "device", "warm"]
     pool.close()
 
 

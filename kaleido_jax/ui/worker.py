@@ -249,22 +249,26 @@ class Pool(Generic[Engine]):
             if ticket is not None:
                 self._run(engine, ticket)
                 continue
-            self._warm_up(engine, warm.popleft())
+            if self._warm_up(engine, warm[0]):
+                warm.popleft()
             if not warm:
                 with self._changed:
                     self._warming -= 1
 
-    def _warm_up(self, engine: Engine, job: Job) -> None:
+    def _warm_up(self, engine: Engine, job: Job) -> bool:
+        """Runs a job until somebody waits; whether it is over and done with."""
+
         def tell(report: Report) -> None:
-            if self._closed:
+            if self._closed or self._queue:
                 raise Stopped
 
         try:
             job(engine, tell)
         except Stopped:
-            pass
+            return False  # what it compiled is kept, so the next try is short
         except Exception as error:  # whoever asks for the same will be told
             print(f"kaleido: warming up: {type(error).__name__}: {error}", file=sys.stderr)
+        return True
 
     def _run(self, engine: Engine, ticket: Ticket) -> None:
         def tell(report: Report) -> None:
