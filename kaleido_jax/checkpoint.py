@@ -17,6 +17,7 @@ import errno
 import functools
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -112,6 +113,11 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
+def _told_elsewhere(record: logging.LogRecord) -> bool:
+    """Lets all records pass but the traceback of a failed save: `wait` tells it in one line."""
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
 def _orbax() -> Any:
     import orbax.checkpoint
 
@@ -185,6 +191,7 @@ class Checkpoints:
     @functools.cached_property
     def _checkpointer(self) -> Any:
         ocp = _orbax()
+        logging.getLogger("absl").addFilter(_told_elsewhere)
         return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
 
     def _finish(self, step: int, meta: dict[str, Any]) -> None:
@@ -245,6 +252,7 @@ class Checkpoints:
             self._thread.shutdown()
             with contextlib.suppress(Exception):
                 self._checkpointer.close()
+            logging.getLogger("absl").removeFilter(_told_elsewhere)
 
     def problems(self) -> Iterator[tuple[int, str | None]]:
         """Each step from the newest on, and what is wrong with it (None if it is whole)."""

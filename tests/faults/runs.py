@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 from kaleido_jax import config as config_lib
@@ -37,12 +38,15 @@ def start(
     place: Sequence[str] = (),
     environment: dict[str, str] | None = None,
 ) -> subprocess.Popen:
-    """Starts `kaleido train` in a process of its own, its output in WORKDIR.log."""
+    """Starts `kaleido train` in a process of its own, its output in WORKDIR.log.
+
+    Of several processes, process I writes WORKDIR and I with .log behind.
+    """
     words = [*wrapper, sys.executable, "-m", "tests.faults.child", *place, "train"]
     words += ["--config", str(config), "--workdir", str(workdir)]
     words += [f"--config.{override}" for override in overrides]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    with open(f"{workdir}{'_'.join(place).replace('/', '_')}.log", "ab") as log:
+    with open(f"{workdir}{''.join(place)[:1]}.log", "ab") as log:
         return subprocess.Popen(
             words,
             cwd=ROOT,
@@ -57,9 +61,9 @@ def wait_for(what: Callable[[], Any], process: subprocess.Popen, log: pathlib.Pa
     """What `what` gives once it is true; fails where the process ends before."""
     until = time.monotonic() + PATIENCE
     while not (found := what()):
-        text = pathlib.Path(log).read_text() if pathlib.Path(log).exists() else ""
-        assert process.poll() is None, f"ended with {process.returncode}:\n{text}"
-        assert time.monotonic() < until, f"nothing happened:\n{text}"
+        if process.poll() is not None or time.monotonic() > until:
+            text = pathlib.Path(log).read_text()
+            pytest.fail(f"waited in vain, status {process.returncode}:\n{text}")
         time.sleep(0.002)
     return found
 

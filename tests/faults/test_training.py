@@ -248,7 +248,7 @@ def test_two_processes_stop_at_the_same_step_and_a_frozen_one_ends_the_other(tmp
     rare = ("train.num_steps=100000", "train.checkpoint_every=100000")
     both = start_two(workdir, *rare)
     try:
-        runs.wait_for(lambda: runs.steps_logged(workdir) >= 3, both[1], f"{workdir}.log")
+        runs.wait_for(lambda: runs.steps_logged(workdir) >= 3, both[1], f"{workdir}1.log")
         both[1].send_signal(signal.SIGTERM)  # the cluster takes one machine away
         assert [process.wait(runs.PATIENCE) for process in both] == [PREEMPTED] * 2
         (step,) = Checkpoints(workdir).steps()
@@ -258,7 +258,9 @@ def test_two_processes_stop_at_the_same_step_and_a_frozen_one_ends_the_other(tmp
             workdir, "train.num_steps=100000", "train.checkpoint_every=2",
             "train.watchdog_seconds=5.0", "train.watchdog_patience=60.0",
         )  # fmt: skip
-        runs.wait_for(lambda: Checkpoints(workdir).steps()[-1] >= step + 4, both[0], workdir)
+        runs.wait_for(
+            lambda: Checkpoints(workdir).steps()[-1] >= step + 4, both[0], f"{workdir}0.log"
+        )
         both[1].send_signal(signal.SIGSTOP)
         assert both[0].wait(runs.PATIENCE) == HUNG
         assert "training_loop.py" in (workdir / "stacks_0.txt").read_text()
