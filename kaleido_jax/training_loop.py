@@ -230,7 +230,7 @@ class _Run:
                         self.checkpoints.wait()
             if stop and not last:
                 raise StopRun(
-                    f"stopped by {self.signals.name or 'a signal to another process'} after step "
+                    f"stopped by {self.signals.name or 'a signal'} after step "
                     f"{done}, which is saved; the same command goes on there",
                     PREEMPTED,
                 )

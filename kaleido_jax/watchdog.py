@@ -64,7 +64,8 @@ class Watchdog:
                 # in C, then writes the stacks and exits with status 1.
                 later = rest + self.seconds + 60
                 faulthandler.dump_traceback_later(later, exit=True, file=2)
-                if self._end.wait(rest):
+                # Not all of the rest: a beat that ends the patience makes it shorter.
+                if self._end.wait(min(rest, self.seconds / 4)):
                     return
         finally:
             faulthandler.cancel_dump_traceback_later()
