@@ -5,11 +5,6 @@
 Every file of a known format in FOLDER is read (its format is the beginning of its name), and a
 line says how far each output is off. The exit status is 1 if any is off by more than its
 format's tolerance or any file cannot be read, 2 if there is nothing to read.
-
-An output of a network that misses its tolerance has FAILED, whatever the cause. To tell a wrong
-network from rounding, it is computed again in ways that are equal but for float32 rounding; where
-these lie further apart than the miss, the line says how far. This happens where GroupNorm divides
-by the deviation of one or two numbers, at 1x1 pixels.
 """
 
 from __future__ import annotations
@@ -41,8 +36,6 @@ CHECKS = {
     "inception": "tests.parity_metrics:check_inception",
     "metrics": "tests.parity_metrics:check_metrics",
 }
-# path -> {output: [other float32 values of it]}, for the formats of single network passes.
-SPREADS = {"mdm_unet": "tests.parity_mdm:spread", "mdm_nested": "tests.parity_mdm:spread"}
 # Largest error relative to the output's standard deviation.
 TOLERANCE = 2e-4
 TOLERANCES = {
@@ -89,18 +82,6 @@ def compute(path: pathlib.Path) -> Outputs:
     return _function(CHECKS[format_of(path)])(path)
 
 
-def undetermined(path: pathlib.Path, outputs: Outputs, tolerance: float) -> dict[str, float]:
-    """Outputs that float32 does not determine to the tolerance: how far apart it leaves them."""
-    kind = format_of(path)
-    if kind not in SPREADS:
-        return {}
-    apart = {
-        name: max(errors(value, outputs[name][0])[1] for value in values)
-        for name, values in _function(SPREADS[kind])(path).items()
-    }
-    return {name: distance for name, distance in apart.items() if distance > tolerance}
-
-
 def _function(name: str) -> Any:
     module, function = name.split(":")
     return getattr(importlib.import_module(module), function)
@@ -116,16 +97,12 @@ def report(path: pathlib.Path) -> tuple[bool, str]:
         return False, f"{path.name}: FAILED {type(error).__name__}: {error}"
     if not outputs:
         return False, f"{path.name}: FAILED no outputs"
-    parts, holds, apart = [], True, None
+    parts, holds = [], True
     for name, (got, want) in outputs.items():
         absolute, relative = errors(got, want)
-        mark = ""
-        if not relative <= tolerance:  # written so that NaN fails
-            if apart is None:
-                apart = undetermined(path, outputs, tolerance)
-            mark, holds = " FAILED", False
-            if relative <= apart.get(name, 0.0):
-                mark += f" (float32 rounding alone moves it by {apart[name]:.1e})"
+        fits = relative <= tolerance  # False for NaN
+        mark = "" if fits else " FAILED"
+        holds = holds and fits
         parts.append(f"{name} abs {absolute:.1e} rel {relative:.1e}{mark}")
     verdict = f"{'ok' if holds else 'FAILED'} (<= {tolerance:g})"
     return holds, f"{path.name}: {verdict} {', '.join(parts)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,6 @@ from tests.carried import carry
 from tests.reference_rule import shapes_of, weights_of
 
 Outputs = dict[str, tuple[np.ndarray, np.ndarray]]
-Predict = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
 
 
 def load_network(file: Mapping[str, np.ndarray]) -> tuple[nn.Module, Params]:
@@ -52,51 +51,17 @@ def check_network(path: pathlib.Path) -> Outputs:
     """Predictions at every resolution of an `mdm_unet*` or `mdm_nested*` file."""
     with np.load(path) as archive:
         file = dict(archive)
-    wanted = numbered(file, "output/pred_")
-    pairs = zip(predictor(file)(file), wanted, strict=True)
-    return {f"pred_{i}": (got, want) for i, (got, want) in enumerate(pairs)}
-
-
-def predictor(file: Mapping[str, np.ndarray]) -> Predict:
-    """The network of a file, jitted: inputs -> predictions, NCHW."""
     model, params = load_network(file)
 
     @compiling.jit
-    def apply(pyramid, times, states, mask):
+    def predict(pyramid, times, states, mask):
         return model.apply({"params": params}, pyramid, times, states, mask)
 
-    def predict(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        pyramid = tuple(nhwc(image) for image in numbered(inputs, "input/x_t_"))
-        times = jnp.asarray(inputs["input/times"], jnp.float32)
-        states, mask = inputs["input/conditioning"], inputs["input/mask"].astype(bool)
-        return [nchw(image) for image in apply(pyramid, times, states, mask)]
-
-    return predict
-
-
-def spread(path: pathlib.Path, trials: int = 4) -> dict[str, list[np.ndarray]]:
-    """Other float32 values of each prediction, as good as the one that is compared.
-
-    Each input number is moved to its neighbour in float32. What a network makes of so little is
-    what float32 leaves open.
-    """
-    with np.load(path) as archive:
-        file = dict(archive)
-    predict, found = predictor(file), {}
-    for trial in range(trials):
-        draw = np.random.default_rng(trial)
-        moved = {name: to_neighbours(array, draw) for name, array in file.items()}
-        for i, prediction in enumerate(predict(moved)):
-            found.setdefault(f"pred_{i}", []).append(prediction)
-    return found
-
-
-def to_neighbours(array: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """Every float32 number moved to the next one above or below; others as they are."""
-    if array.dtype != np.float32:
-        return array
-    way = np.where(draw.random(array.shape) < 0.5, -np.inf, np.inf).astype(np.float32)
-    return np.nextafter(array, way)
+    pyramid = tuple(nhwc(image) for image in numbered(file, "input/x_t_"))
+    times = jnp.asarray(file["input/times"], jnp.float32)
+    states, mask = file["input/conditioning"], file["input/mask"].astype(bool)
+    pairs = zip(predict(pyramid, times, states, mask), numbered(file, "output/pred_"), strict=True)
+    return {f"pred_{i}": (nchw(got), want) for i, (got, want) in enumerate(pairs)}
 
 
 check_unet = check_network

@@ -25,6 +25,7 @@ def lines(capsys) -> list[dict]:
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_sweep_doubles_the_batch(capsys, tmp_path):
     words = [*WORDS, *TINY, "--batch-size", "8", "--sweep", "--largest", "31"]
     assert cli.main([*words, "--profile", str(tmp_path / "trace")]) == 0

@@ -84,6 +84,7 @@ def _training(*overrides):
     )
 
 
+@pytest.mark.slow
 def test_parts_of_a_training_step_and_what_is_computed_again():
     plain = _training()
     assert list(plain) == ["encoder", "decoder", "outer", "inner"]

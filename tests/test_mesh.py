@@ -141,6 +141,7 @@ def worst(one, other):
     return max(abs(b / a - 1) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_a_mixed_mesh_divides_activations_and_gives_the_losses_of_one_device():
     """Rows lie over data x fsdp and the denoiser's channels over tensor, inside the real step.
 

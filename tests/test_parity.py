@@ -11,7 +11,6 @@ import pytest
 
 from tests import parity
 
-ROUNDING = "(float32 rounding alone"
 OWN = pathlib.Path(__file__).parent / "reference"
 # The whole collection, where it is at hand; what it shares with ours is not run twice.
 OTHERS = pathlib.Path(os.environ.get("KALEIDO_REFERENCE", OWN.parents[2] / "shared" / "reference"))
@@ -37,9 +36,11 @@ def same(left: pathlib.Path, right: pathlib.Path) -> bool:
 @pytest.mark.parametrize("path", parity.entries(OWN), ids=lambda path: path.name)
 def test_own_reference(path):
     holds, line = parity.report(path)
-    if path.name == "mdm_nested2.npz" and ROUNDING in line:
-        # Its innermost features are 1x1 pixels: pred_2 misses the tolerance, and only pred_2.
-        assert line.count(" FAILED") == 2 and f"FAILED {ROUNDING}" in line.split("pred_2")[1]
+    if path.name == "mdm_nested2.npz" and not holds:
+        # GroupNorm divides by the deviation of one or two numbers where features are 1x1 pixels:
+        # float64 misses the stored pred_2 by 1.3e-3 (docs/design.md). Nothing else may miss.
+        assert line.count(" FAILED") == 2 and "FAILED" in line.split("pred_2")[1]
+        assert float(line.split("rel ")[-1].split()[0]) < 3e-3
         pytest.xfail(line)
     assert holds, line
 
@@ -92,26 +93,13 @@ def test_a_wrong_output_and_a_broken_file_fail(tmp_path, monkeypatch, capsys):
     assert parity.main([str(tmp_path)]) == 1
 
 
-def nested2(tmp_path):
-    """The three-resolution file, whose innermost features are 1x1 pixels, free to be changed."""
+def test_a_wrong_network_fails_everywhere(tmp_path):
     with np.load(OWN / "mdm_nested2.npz") as archive:
-        return dict(archive), tmp_path / "mdm_nested2.npz"
-
-
-def test_float32_determines_a_network_with_larger_features():
-    path = OWN / "mdm_nested.npz"
-    assert parity.undetermined(path, parity.compute(path), 2e-4) == {}
-
-
-@pytest.mark.slow
-def test_wrong_networks_are_not_laid_to_rounding(tmp_path):
-    file, path = nested2(tmp_path)
-    file["input/times"] = file["input/times"] + 1
-    np.savez(path, **file)
-    holds, line = parity.report(path)
+        file = dict(archive)
+    np.savez(tmp_path / "mdm_nested2.npz", **file | {"input/times": file["input/times"] + 1})
+    holds, line = parity.report(tmp_path / "mdm_nested2.npz")
     assert not holds
     assert line.count(" FAILED") == 4  # the file and all three predictions
-    assert ROUNDING not in line
 
 
 def test_a_folder_without_references_is_misuse(tmp_path, capsys):

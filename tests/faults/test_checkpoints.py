@@ -66,9 +66,10 @@ def kill_in_saves(workdir, kills: int) -> tuple[int, int]:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_in_saves_and_gone_on_with_to_the_bit(tmp_path, kills):
+@pytest.mark.slow
+def test_killed_twenty_times_in_saves_and_gone_on_with_to_the_bit(tmp_path):
     workdir, said = tmp_path / "killed", []
+    kills = 20
     hits, newest = kill_in_saves(workdir, kills)
     assert hits >= max(1, kills // 4), "the kills missed the saves"
     end = f"train.num_steps={newest + 3}"

@@ -135,6 +135,7 @@ def test_many_nan_batches_stop_the_run_and_the_last_good_checkpoint_stays(monkey
         assert Checkpoints(tmp_path).newest_whole() == 2
 
 
+@pytest.mark.slow
 def test_a_spike_is_clipped_and_told(monkeypatch, tmp_path):
     said = []
     config = with_scaled(monkeypatch, 1e4, 9, 9, "train.log_every=12", "optim.clip_norm=2.0")
