@@ -154,7 +154,7 @@ def test_columns():
     assert text.splitlines() == ["name     size", "a     1.00 MB", "long     20 B"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_paper_size_model_fits_64_devices_of_40_gigabytes():
     """16 images on each, as the CPU's compiler lays the step out: minutes, and 4 GB of memory."""
     free = int(re.search(r"MemAvailable:\s+(\d+)", pathlib.Path("/proc/meminfo").read_text())[1])

@@ -172,7 +172,7 @@ def test_a_mixed_mesh_divides_activations_and_gives_the_losses_of_one_device():
     assert worst(one, many) < 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_every_mesh_gives_the_losses_of_one_device_for_twenty_steps():
     one = losses(train.Trainer(small(), devices=jax.devices()[:1]), 20)

@@ -34,7 +34,7 @@ from kaleido_jax.latents import bbox, load_document, read_png
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(1200),
     pytest.mark.skipif(
         not (CHROMIUM and DRIVER),

@@ -66,7 +66,7 @@ def kill_in_saves(workdir, kills: int) -> tuple[int, int]:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_twenty_times_in_saves_and_gone_on_with_to_the_bit(tmp_path):
     workdir, said = tmp_path / "killed", []
     kills = 20

@@ -119,7 +119,7 @@ def same_losses(workdir, wanted):
     assert worst < TOLERANCE
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_processes_give_the_losses_of_one_and_go_on_in_another_number(tmp_path):
     """2 processes x 4 devices; killed, then 4 processes x 2 devices; against one device."""

@@ -252,7 +252,7 @@ def start_two(workdir, *overrides):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_stop_at_the_same_step_and_a_frozen_one_ends_the_other(tmp_path):
     workdir = tmp_path / "run"
     rare = ("train.num_steps=100000", "train.checkpoint_every=100000")
