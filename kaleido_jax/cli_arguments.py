@@ -161,6 +161,18 @@ def number(
     return read
 
 
+def add_setting(parser: argparse.ArgumentParser) -> None:
+    """`--setting NAME=VALUE`, read into a list of pairs."""
+    parser.add_argument(
+        "--setting",
+        type=setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any sampling setting of docs/sampling.md; may be given several times",
+    )
+
+
 def setting(text: str) -> tuple[str, str | list[str]]:
     """An argparse type: NAME=VALUE, where commas make a list (guidance_interval=0.3,0.85)."""
     name, equals, value = text.partition("=")

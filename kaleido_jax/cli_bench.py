@@ -131,14 +131,7 @@ def add_bench_sample(verbs: argparse._SubParsersAction, name: str) -> argparse.A
         """,
     )
     _add_model(parser)
-    parser.add_argument(
-        "--setting",
-        type=arguments.setting,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a sampling setting of docs/sampling.md; may be given several times",
-    )
+    arguments.add_setting(parser)
     _add_common(parser, 16, 3)
     return parser
 

@@ -72,14 +72,7 @@ def add_evaluate(verbs: argparse._SubParsersAction, name: str) -> argparse.Argum
     )
     parser.add_argument("--sampler", metavar="NAME", help="ddpm, ddim, dpmpp or heun")
     parser.add_argument("--steps", type=arguments.whole(1, arguments.MAX_STEPS), metavar="S")
-    parser.add_argument(
-        "--setting",
-        type=arguments.setting,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="any other sampling setting of docs/sampling.md; may be given several times",
-    )
+    arguments.add_setting(parser)
     parser.add_argument(
         "--data",
         type=arguments.setting,

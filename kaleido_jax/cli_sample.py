@@ -107,14 +107,7 @@ def add_sample(verbs: argparse._SubParsersAction, name: str) -> argparse.Argumen
         metavar="M",
         help="draw M latents for each prompt and keep the N that differ most",
     )
-    parser.add_argument(
-        "--setting",
-        type=arguments.setting,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="any other sampling setting of docs/sampling.md; may be given several times",
-    )
+    arguments.add_setting(parser)
     parser.add_argument(
         "--batch-size",
         type=arguments.whole(1),
