@@ -118,6 +118,16 @@ def _told_elsewhere(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname)
 
 
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Lets all records pass but those of arrays whose write failed and that nobody waits for.
+
+    Orbax raises the first error of a save, which `wait` tells; asyncio's collector writes a
+    traceback for each of the others, perhaps long after.
+    """
+    text = record.getMessage()
+    return not ("was never retrieved" in text and "OCDBT" in text)
+
+
 def _orbax() -> Any:
     import orbax.checkpoint
 
@@ -234,6 +244,7 @@ class Checkpoints:
                 raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> StopRun:
+        logging.getLogger("asyncio").addFilter(_not_of_orbax)
         folder = self._beside(self._saving_step, "saving")
         if jax.process_index() == 0:
             shutil.rmtree(folder, ignore_errors=True)

@@ -54,6 +54,11 @@ class Program:
         """What `jax.jit` gives."""
         return jax.jit(self.__wrapped__, compiler_options=options(), **self._arguments)
 
+    @functools.cached_property
+    def plain(self) -> Any:
+        """The same without `options`."""
+        return jax.jit(self.__wrapped__, **self._arguments)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # jax takes options at the top level alone.
         if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((args, kwargs))):

@@ -65,11 +65,15 @@ def abstract_batch(trainer: Trainer) -> Batch:
     )
 
 
-def compile_step(trainer: Trainer, options: dict[str, Any] | None = None) -> Any:
-    """The compiled train step of abstract arrays."""
+def compile_step(trainer: Trainer) -> Any:
+    """The compiled train step of abstract arrays.
+
+    A CPU that stands for other devices does without its own options: the scratch memory of the
+    convolutions that they choose is no other device's.
+    """
+    update = trainer.compiled_update.plain
     with mesh.use_mesh(trainer.mesh):
-        lowered = trainer.compiled_update.lower(trainer.abstract_state(), abstract_batch(trainer))
-        return lowered.compile(options)
+        return update.lower(trainer.abstract_state(), abstract_batch(trainer)).compile()
 
 
 def plan(trainer: Trainer) -> dict[str, Any]:

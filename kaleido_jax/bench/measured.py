@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import os
+import pathlib
 import re
 import resource
 import statistics
@@ -33,6 +34,7 @@ PEAKS = {
     "TPU v6 lite": 918e12,  # v6e
     "TPU v6e": 918e12,
 }
+ALLOCATORS = ("tcmalloc", "jemalloc", "mimalloc")
 _MATRIX = 1024  # side of the product that a CPU's peak is measured with
 _PEAK_REPEATS = 7
 _MEMORY_KEPT = 0.9  # of what a CPU has free; the rest is for the process itself
@@ -137,6 +139,15 @@ def memory(program: Any | None) -> dict[str, Any]:
     }
 
 
+def allocator() -> str:
+    """What gives this process its memory: a preloaded library that is known, or 'libc'."""
+    try:
+        mapped = pathlib.Path("/proc/self/maps").read_text("utf-8")
+    except OSError:
+        return "unknown"
+    return next((name for name in ALLOCATORS if f"/lib{name}" in mapped), "libc")
+
+
 def environment() -> dict[str, Any]:
     """Versions, and what the figures were measured on."""
     devices = jax.devices()
@@ -146,6 +157,7 @@ def environment() -> dict[str, Any]:
         "devices": len(devices),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "load": round(os.getloadavg()[0], 2),
+        "allocator": allocator(),
         "versions": runlog.versions(),
     }
 

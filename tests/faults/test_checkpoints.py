@@ -136,7 +136,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(small_disk, cap
     assert f"going on from step 2 of {workdir}" in said
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_files_that_may_not_grow_are_told_too(tmp_path):
     """Without the right to mount: a limit on the size of files, in a process of its own."""
     workdir = tmp_path / "run"
