@@ -33,8 +33,12 @@ first=$!
 (pin "$half" $((cores - 1)) "$kaleido" train --config "$config" --workdir "$folder/baseline" "$@" \
   --config.latents='()') >>"$folder/baseline.log" 2>&1 &
 second=$!
-trap 'kill "$first" "$second" 2>/dev/null || true' INT TERM
+trap 'kill "$first" "$second" 2>/dev/null || true' TERM
+trap : INT # Ctrl-C reaches both by itself; a second signal would end them without saving
 
+for pid in "$first" "$second"; do # a signal ends `wait` before they have saved
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done
+done
 status=0
 wait "$first" || { status=$?; echo "kaleido failed; see $folder/kaleido.log" >&2; }
 wait "$second" || { status=$?; echo "baseline failed; see $folder/baseline.log" >&2; }

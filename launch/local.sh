@@ -62,6 +62,7 @@ while [ -n "$(jobs -rp)" ]; do
     # The others would wait for it: ask them to end, then make them.
     kill -TERM "${pids[@]}" 2>/dev/null || true
     (sleep "${GRACE:-30}" && kill -KILL "${pids[@]}" 2>/dev/null) >/dev/null 2>&1 &
+    reaper=$!
     disown
   fi
 done
@@ -70,4 +71,7 @@ for pid in "${pids[@]}"; do # one that failed just before all were done
   wait "$pid" || code=$?
   [ "$status" -ne 0 ] || status=$code
 done
+if [ -n "${reaper:-}" ]; then # later these numbers may be other processes'
+  kill "$reaper" 2>/dev/null || true
+fi
 exit "$status"

@@ -9,6 +9,7 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -73,6 +74,36 @@ def test_local_starts_numbered_processes_and_ends_them_all_when_one_fails(tmp_pa
     assert time.monotonic() - began < 25
     alone = launch("local.sh", "--config", "x", KALEIDO=shows)
     assert alone.stdout.strip() == "/ train --config x"
+
+
+def test_ctrl_c_reaches_both_of_compare_once_and_waits_until_they_saved(tmp_path):
+    trains = command(
+        tmp_path,
+        "trains",
+        f"exec {sys.executable} -c '\n"
+        "import signal, sys, time\n"
+        "seen = []\n"
+        "for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "    signal.signal(number, lambda number, frame: seen.append(number))\n"
+        'print("up", flush=True)\n'
+        "while not seen:\n"
+        "    time.sleep(0.05)\n"
+        "time.sleep(1)\n"
+        'print("signals", len(seen), flush=True)\n'
+        "sys.exit(75)'",
+    )
+    logs = [tmp_path / "runs" / f"{name}.log" for name in ("kaleido", "baseline")]
+    process = subprocess.Popen(
+        [str(LAUNCH / "compare.sh"), "shapes", str(tmp_path / "runs")], start_new_session=True,
+        env={**os.environ, "KALEIDO": str(trains)}, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    until = time.monotonic() + 50
+    while not all(log.exists() and "up" in log.read_text() for log in logs):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(30) == 75
+    assert [log.read_text() for log in logs] == ["up\nsignals 1\n"] * 2
 
 
 def test_slurm_queues_again_after_a_saved_end_only(tmp_path):
