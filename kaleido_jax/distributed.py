@@ -22,21 +22,23 @@ from collections.abc import Callable, Mapping
 from kaleido_jax.errors import UserError
 
 PORT = 12321
+_OURS = ("COORDINATOR", "PROCESS_COUNT", "PROCESS_INDEX")
 
 # Launcher -> variables of (count, index, index on this machine, processes on this machine). The
-# first launcher that tells an index is believed.
+# first launcher that tells an index is believed: mpirun starts its helpers by srun, so processes
+# of Open MPI see Slurm's variables of the helpers too.
 _LAUNCHERS = {
-    "Slurm": (
-        "SLURM_STEP_NUM_TASKS",
-        "SLURM_PROCID",
-        "SLURM_LOCALID",
-        "SLURM_STEP_TASKS_PER_NODE",
-    ),
     "Open MPI": (
         "OMPI_COMM_WORLD_SIZE",
         "OMPI_COMM_WORLD_RANK",
         "OMPI_COMM_WORLD_LOCAL_RANK",
         "OMPI_COMM_WORLD_LOCAL_SIZE",
+    ),
+    "Slurm": (
+        "SLURM_STEP_NUM_TASKS",
+        "SLURM_PROCID",
+        "SLURM_LOCALID",
+        "SLURM_STEP_TASKS_PER_NODE",
     ),
     "Kubernetes": ("", "JOB_COMPLETION_INDEX", "", ""),
 }
@@ -69,7 +71,8 @@ def detect(environ: Mapping[str, str]) -> Settings | None:
     mode = environ.get("KALEIDO_DISTRIBUTED", "")
     if mode not in ("", "auto"):
         raise UserError(f"KALEIDO_DISTRIBUTED is {mode!r}; it must be 'auto' or not be set")
-    if mode == "auto" or environ.get("TPU_WORKER_HOSTNAMES", "").count(","):
+    ours = any(environ.get(f"KALEIDO_{name}") for name in _OURS)
+    if mode == "auto" or (environ.get("TPU_WORKER_HOSTNAMES", "").count(",") and not ours):
         return Settings("TPU")
     launcher, count, index, place, near = _from_launcher(environ)
     coordinator = environ.get("KALEIDO_COORDINATOR", "")

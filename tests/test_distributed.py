@@ -54,6 +54,9 @@ MPI = {
          Settings("KALEIDO_*, Kubernetes", "train-workers-0-0.train:9000", 2, 1)),
         ({"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": "1"}, Settings("TPU")),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        (OURS | {"TPU_WORKER_HOSTNAMES": "t0,t1"}, Settings("KALEIDO_*", "10.0.0.1:9000", 4, 3)),
+        # mpirun in Slurm's allocation: srun starts its helpers, one on each machine.
+        (SLURM | MPI, Settings("Open MPI", f"127.0.0.1:{PORT}", 4, 2, (2,))),
         ({"KALEIDO_DISTRIBUTED": "auto"}, Settings("TPU")),
     ],
 )  # fmt: skip
