@@ -176,7 +176,12 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"config key 'train.latent_weight' is {leaves['train.latent_weight']}; "
             "it must not be negative"
         )
-    for name in ("train.max_bad_steps", "train.watchdog_seconds", "train.watchdog_patience"):
+    for name in (
+        "train.sample_every",
+        "train.max_bad_steps",
+        "train.watchdog_seconds",
+        "train.watchdog_patience",
+    ):
         if leaves[name] < 0:
             raise UserError(f"config key {name!r} is {leaves[name]}; it must not be negative")
     if leaves["train.skip_spike"] and not leaves["train.skip_spike"] > 1:
@@ -264,7 +269,8 @@ def differences(
     A field that `old` lacks counts as what configs/base.py says: it may have come later.
     """
     before = {**dict(flatten(_read_file("base"))), **dict(flatten(old))}
-    known, now = dict(flatten(old)), dict(flatten(new))
+    # As a file gives it back: lists as tuples.
+    known, now = dict(flatten(old)), dict(flatten(from_json(to_json(new), "the config")))
     return [
         (key, before.get(key), now.get(key))
         for key in sorted(known.keys() | now.keys())

@@ -107,3 +107,17 @@ def test_a_broken_config_file_is_one_clear_line(tmp_path, text, message):
 def test_a_missing_config_names_those_that_there_are():
     with pytest.raises(UserError, match="shapes"):
         config_lib.load_config("no_such_config")
+
+
+def test_lists_and_tuples_do_not_differ():
+    cfg = load()
+    with cfg.unlocked():
+        cfg.latents = list(cfg.latents)
+        cfg.data.source.parts = [{"name": "toy", "weights": [1, 2]}]
+    kept = config_lib.from_json(config_lib.to_json(cfg), "config.json")
+    assert config_lib.differences(kept, cfg) == []
+
+
+def test_samples_are_not_drawn_every_minus_one_steps():
+    with pytest.raises(UserError, match=r"'train\.sample_every' is -1; it must not be negative"):
+        load("train.sample_every=-1")
