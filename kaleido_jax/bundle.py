@@ -67,37 +67,45 @@ def make_vocabulary(config: ConfigDict) -> Vocabulary:
     return Vocabulary.default(num_vokens=v.num_vokens)
 
 
-def start_workdir(
+def check_workdir(
     workdir: pathlib.Path,
     config: ConfigDict,
     vocabulary: Vocabulary,
     allow_change: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Writes config and tokenizer into a workdir; an old one's config is held against it before.
+    """Holds config and tokenizer against those that a workdir has, if it has them.
 
     Args:
       allow_change: take a config that differs in other fields than FREE_FIELDS too.
       say: gets a line for each field that is taken with another value.
 
     Raises:
-      UserError: the workdir was made by another config, or it cannot be written.
+      UserError: the workdir was made by another config.
     """
-    path = workdir / CONFIG
-    if path.exists():
-        old = config_lib.from_json(path.read_text(), str(path))
-        changed = config_lib.differences(old, config)
-        refused = [c for c in changed if not c[0].startswith(FREE_FIELDS)]
-        if refused and not allow_change:
-            told = "; ".join(f"{key}: {before!r} -> {now!r}" for key, before, now in refused)
-            raise UserError(
-                f"{workdir} was made by another config ({told}); use a new workdir or the old "
-                "values, or go on with the new ones by --allow-config-change"
-            )
-        for key, before, now in changed:
-            say(f"config changed: {key}: {before!r} -> {now!r}")
+    path, tokenizer = workdir / CONFIG, workdir / TOKENIZER
+    if not path.exists():
+        return
+    old = config_lib.from_json(path.read_text(), str(path))
+    changed = config_lib.differences(old, config)
+    # The file that `vocabulary.path` names may have become another one.
+    if tokenizer.exists() and tokenizer.read_bytes() != vocabulary.model:
+        changed.append((TOKENIZER, "its own", config.vocabulary.path or "the package's"))
+    refused = [c for c in changed if not c[0].startswith(FREE_FIELDS)]
+    if refused and not allow_change:
+        told = "; ".join(f"{key}: {before!r} -> {now!r}" for key, before, now in refused)
+        raise UserError(
+            f"{workdir} was made by another config ({told}); use a new workdir or the old "
+            "values, or go on with the new ones by --allow-config-change"
+        )
+    for key, before, now in changed:
+        say(f"config changed: {key}: {before!r} -> {now!r}")
+
+
+def start_workdir(workdir: pathlib.Path, config: ConfigDict, vocabulary: Vocabulary) -> None:
+    """Writes config and tokenizer into a workdir; UserError where it cannot be written."""
     try:
-        checkpoint.write_bytes(path, config_lib.to_json(config).encode())
+        checkpoint.write_bytes(workdir / CONFIG, config_lib.to_json(config).encode())
         checkpoint.write_bytes(workdir / TOKENIZER, vocabulary.model)
     except OSError as error:
         raise UserError(f"cannot write to the workdir {workdir}: {error.strerror}") from error

@@ -78,13 +78,19 @@ def train(
 
         def prepare() -> int:
             stack.enter_context(locks.sole_writer(workdir, "kaleido train"))
-            bundle.start_workdir(workdir, config, vocabulary, allow_config_change, say)
+            bundle.check_workdir(workdir, config, vocabulary, allow_config_change, say)
             newest = checkpoints.recover(say, start_anew)
             return _NONE_YET if newest is None else newest
+
+        def write() -> int:
+            bundle.start_workdir(workdir, config, vocabulary)
+            return 0
 
         newest = _from_first_process(prepare)
         stack.enter_context(contextlib.closing(checkpoints))
         state, start, before = _begin(trainer, loader, checkpoints, newest, workdir, say)
+        # Not before: data or parameters that do not fit the new config leave the workdir its own.
+        _from_first_process(write)
         t = config.train
         if start >= t.num_steps:
             say(f"nothing to do: step {start} of {t.num_steps} is done")
