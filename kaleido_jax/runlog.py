@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import math
 import pathlib
@@ -139,11 +140,12 @@ class RunLog:
         """
         self.fetch()
         rows, kept = self._rows, [row for row in self._rows if _kept(row)]
-        means = {
-            name: float(np.mean([row[name] for row in kept])) if kept else math.nan
-            for name in rows[0]
-        }
-        means |= {name: float(sum(row[name] for row in rows)) for name in _COUNTS & rows[0].keys()}
+        means = {}
+        for name in rows[-1]:  # rows from before a changed config may have others
+            values = [row[name] for row in kept if name in row]
+            means[name] = float(np.mean(values)) if values else math.nan
+        for name in _COUNTS & rows[-1].keys():
+            means[name] = float(sum(row.get(name, 0) for row in rows))
         norms = [float(row["grad_norm"]) for row in rows if math.isfinite(row["grad_norm"])]
         means["grad_norm_max"] = max(norms, default=math.nan)
         means["clipped"] = float(sum(row["grad_norm"] > self._clip for row in kept))
@@ -169,8 +171,9 @@ class RunLog:
         """Writes a sample grid as PNG and into TensorBoard."""
         if not self._main:
             return
-        self.samples.mkdir(exist_ok=True)
-        Image.fromarray(image).save(self.samples / f"step_{step:08d}.png")
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        write_bytes(self.samples / f"step_{step:08d}.png", file.getvalue())
         if self._writer is not None:
             self._writer.write_images(step, {"samples": image[None]})
 
