@@ -243,6 +243,11 @@ class Checkpoints:
             except Exception as error:
                 raise self._failed(error) from error
 
+    def tell(self) -> None:
+        """Raises StopRun as `wait` does where the save has failed by now; waits for nothing."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
     def _failed(self, error: Exception) -> StopRun:
         logging.getLogger("asyncio").addFilter(_not_of_orbax)
         folder = self._beside(self._saving_step, "saving")

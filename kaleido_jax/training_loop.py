@@ -222,10 +222,13 @@ class _Run:
             self.log.add(metrics)
             flying.append(metrics["loss"])
             # The first step compiles: only what comes after it is timed as a step.
-            if len(flying) > AHEAD or step == start:
+            # A line waits for all steps: each of them has the watchdog's time to itself.
+            logs = done % t.log_every == 0 or last
+            while flying and (logs or len(flying) > AHEAD or step == start):
                 jax.block_until_ready(flying.popleft())
                 self.watchdog.beat()
-            if done % t.log_every == 0 or last:
+            self.checkpoints.tell()
+            if logs:
                 self.log.write(done)
                 self._stop_if_bad(done)
             stop = self.signals.reached(done)
@@ -233,7 +236,7 @@ class _Run:
                 with self._beside():
                     self._save(state, done, always=last or stop)
                     if stop or last:
-                        self.checkpoints.wait()
+                        self._settle()
             if stop and not last:
                 raise StopRun(
                     f"stopped by {self.signals.name or 'a signal'} after step "
@@ -262,6 +265,20 @@ class _Run:
             self.say(f"step {step}: not saved, as the last update was dropped")
             return
         self.checkpoints.save(step, state.as_dict(), meta)
+
+    def _settle(self) -> None:
+        """Waits for the save; where it failed on one process, all end as failed."""
+        failure = None
+        try:
+            self.checkpoints.wait()
+        except StopRun as error:
+            failure = error
+        if jax.process_count() > 1:
+            failed = multihost_utils.process_allgather(np.int32(failure is not None)).any()
+            if failed and failure is None:
+                raise StopRun("another process could not save the checkpoint; its output says why")
+        if failure is not None:
+            raise failure
 
     def _stop_if_bad(self, step: int) -> None:
         most = self.trainer.config.train.get("max_bad_steps", 0)
