@@ -66,10 +66,11 @@ def kill_in_saves(workdir, kills: int) -> tuple[int, int]:
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.long
-def test_killed_twenty_times_in_saves_and_gone_on_with_to_the_bit(tmp_path):
+@pytest.mark.parametrize(
+    "kills", [pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.long)]
+)
+def test_killed_in_saves_and_gone_on_with_to_the_bit(tmp_path, kills):
     workdir, said = tmp_path / "killed", []
-    kills = 20
     hits, newest = kill_in_saves(workdir, kills)
     assert hits >= max(1, kills // 4), "the kills missed the saves"
     end = f"train.num_steps={newest + 3}"
