@@ -12,7 +12,7 @@ import pytest
 
 from kaleido_jax import bundle, diffusion, losses, mesh, quantize, train
 from kaleido_jax.errors import UserError
-from kaleido_jax.models import nested_unet, unet
+from kaleido_jax.models import layers, nested_unet, unet
 from kaleido_jax.models.t5 import T5Config, TextEncoder, stack_layers
 from tests.tiny import tiny_config
 
@@ -179,3 +179,17 @@ def test_only_the_encoder_is_kept_in_fewer_bits():
     kinds = {part: {str(x.dtype) for x in jax.tree.leaves(t)} for part, t in frozen.items()}
     assert kinds["text_encoder"] == {"int8", "float32", "bfloat16"}
     assert kinds["latent_decoder"] == {"float32"}
+
+
+def test_a_norm_keeps_its_input_for_the_backward_pass_and_no_wider_copy():
+    norm = layers.GroupNorm(4, dtype=jnp.bfloat16, param_dtype=jnp.float32)
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 16))
+    params = norm.init(jax.random.key(1), x)
+
+    def loss(x, dtype):
+        return (norm.apply(params, x.astype(dtype)).astype(jnp.float32) ** 3).sum()
+
+    kept = jax.tree.leaves(jax.vjp(lambda x: norm.apply(params, x), x.astype(jnp.bfloat16))[1])
+    assert not [leaf for leaf in kept if leaf.shape == x.shape and leaf.dtype == jnp.float32]
+    got, want = (jax.grad(loss)(x, dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    np.testing.assert_allclose(got, want, rtol=0.1, atol=0.3)

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 from kaleido_jax.errors import UserError
@@ -258,10 +259,18 @@ class GroupNorm(nn.Module):
             means = x.mean(axis=(1, 2)).reshape(x.shape[0], self.groups, -1).mean(axis=-1)
             return jnp.repeat(means, width // self.groups, axis=-1)[:, None, None, :]
 
-        x = x.astype(jnp.float32)
-        x = x - mean(x)
-        factor = jax.lax.rsqrt(mean(jnp.square(x)) + NORM_EPSILON) * scale
-        return (x * factor + bias).astype(self.dtype)
+        def normalise(x: Features, scale: Array, bias: Array) -> Features:
+            x = x.astype(jnp.float32)
+            x = x - checkpoint_name(mean(x), "moments")
+            variance = checkpoint_name(mean(jnp.square(x)), "moments")
+            factor = jax.lax.rsqrt(variance + NORM_EPSILON) * scale
+            return (x * factor + bias).astype(self.dtype)
+
+        if x.dtype != jnp.float32:
+            # The backward pass keeps x as it came, in half the bytes, and not its float32 copy.
+            keep = jax.checkpoint_policies.save_only_these_names("moments")
+            normalise = jax.checkpoint(normalise, policy=keep)
+        return normalise(x, scale, bias)
 
 
 class SinusoidMLP(nn.Module):
