@@ -22,6 +22,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -148,6 +149,15 @@ def _sync(path: pathlib.Path) -> None:
         os.close(descriptor)
 
 
+def _remove_for_good(folder: pathlib.Path) -> None:
+    """Deletes a folder until it stays away: writers that orbax no longer waits for make it anew."""
+    for _ in range(20):  # for at most ten seconds
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.5)
+        if not folder.exists():
+            return
+
+
 class Checkpoints:
     """The checkpoints of one workdir.
 
@@ -252,7 +262,7 @@ class Checkpoints:
         logging.getLogger("asyncio").addFilter(_not_of_orbax)
         folder = self._beside(self._saving_step, "saving")
         if jax.process_index() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove_for_good(folder)
         whole = [step for step in self.steps() if step != self._saving_step]
         kept = f"step {whole[-1]} stays the newest" if whole else "there is none yet"
         return StopRun(

@@ -105,10 +105,10 @@ def test_a_save_keeps_what_training_overwrites_meanwhile(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 4 MiB."""
+    """A file system of 8 MiB: orbax needs room for twice a state while it writes one."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(folder)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("a small file system needs the right to mount")
     yield folder
