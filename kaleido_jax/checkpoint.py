@@ -22,7 +22,9 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -129,6 +131,23 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
     return not ("was never retrieved" in text and "OCDBT" in text)
 
 
+def _quiet_about_closed_loops() -> None:
+    """Keeps tensorstore's threads from printing a traceback for each array written too late.
+
+    Orbax closes its event loop at the first error of a save; writes that end afterwards find it
+    closed, and what their callbacks raise goes to `sys.unraisablehook`.
+    """
+    before = sys.unraisablehook
+
+    def hook(raised: Any) -> None:
+        frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(raised.exc_traceback)]
+        closed = isinstance(raised.exc_value, RuntimeError) and "closed" in str(raised.exc_value)
+        if not (closed and raised.object is None and all("asyncio" in name for name in frames)):
+            before(raised)
+
+    sys.unraisablehook = hook
+
+
 def _orbax() -> Any:
     import orbax.checkpoint
 
@@ -212,6 +231,7 @@ class Checkpoints:
     def _checkpointer(self) -> Any:
         ocp = _orbax()
         logging.getLogger("absl").addFilter(_told_elsewhere)
+        _quiet_about_closed_loops()
         return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
 
     def _finish(self, step: int, meta: dict[str, Any]) -> None:
