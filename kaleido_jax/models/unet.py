@@ -247,8 +247,7 @@ class Level(nn.Module):
         if self.resample == "down":
             done.append(layers.conv(self.width, c.dtypes, stride=2, name="resample")(x))
         elif self.resample == "up":
-            x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)  # nearest neighbour
-            done.append(layers.conv(self.width, c.dtypes, name="resample")(x))
+            done.append(layers.UpConv(self.width, **c.dtypes, name="resample")(x))
         return tuple(done)
 
 
