@@ -438,3 +438,25 @@ def test_flash_attention_agrees_with_the_plain_one():
         np.testing.assert_allclose(
             np.asarray(plain, "float32"), np.asarray(flash, "float32"), atol=0.03
         )
+
+
+def test_upsampling_within_the_convolution_is_that_before_it():
+    dtypes = dict(dtype=jnp.float32, param_dtype=jnp.float32)
+    draw = np.random.default_rng(0)
+    x, seen = (draw.normal(size=(2, side, side, 6)).astype(np.float32) for side in (5, 10))
+    fused, plain = layers.UpConv(6, **dtypes), layers.conv(6, dtypes)
+    params = nn.meta.unbox(fused.init(jax.random.key(0), x))
+    wide = lambda x: jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)  # noqa: E731
+    np.testing.assert_array_equal(
+        params["params"]["kernel"],
+        nn.meta.unbox(plain.init(jax.random.key(0), seen))["params"]["kernel"],
+    )
+    params["params"]["bias"] = jnp.arange(6.0)
+
+    def value(run, params, x):
+        return jnp.sum(seen * run(params, x))
+
+    ways = [fused.apply, lambda params, x: plain.apply(params, wide(x))]
+    np.testing.assert_allclose(*(run(params, x) for run in ways), rtol=1e-5, atol=1e-5)
+    made, wanted = (jax.grad(functools.partial(value, run), (0, 1))(params, x) for run in ways)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-4), made, wanted)
