@@ -13,7 +13,6 @@ written or read: an export needs the hashes alone.
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import json
@@ -22,9 +21,7 @@ import os
 import pathlib
 import re
 import shutil
-import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from kaleido_jax import save_failures
 from kaleido_jax.errors import StopRun, UserError
 
 _STEP = re.compile(r"step_(\d{8,})")
@@ -103,49 +101,6 @@ def manifest_problem(folder: pathlib.Path, only: Collection[str] | None = None) 
 def manifest_hash(folder: pathlib.Path) -> str:
     """A short name for the exact content of a whole folder: the hash of its manifest."""
     return hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()[:16]
-
-
-def _reason(error: Exception) -> str:
-    """Why a save failed, in one line: the system's words, if they are in it."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = " ".join(str(error).split())
-    for number in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO):
-        if os.strerror(number) in text:
-            return os.strerror(number)
-    return f"{type(error).__name__}: {text[:300]}"
-
-
-def _told_elsewhere(record: logging.LogRecord) -> bool:
-    """Lets all records pass but the traceback of a failed save: `wait` tells it in one line."""
-    return not (record.exc_info and "orbax" in record.pathname)
-
-
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    """Lets all records pass but those of arrays whose write failed and that nobody waits for.
-
-    Orbax raises the first error of a save, which `wait` tells; asyncio's collector writes a
-    traceback for each of the others, perhaps long after.
-    """
-    text = record.getMessage()
-    return not ("was never retrieved" in text and "OCDBT" in text)
-
-
-def _quiet_about_closed_loops() -> None:
-    """Keeps tensorstore's threads from printing a traceback for each array written too late.
-
-    Orbax closes its event loop at the first error of a save; writes that end afterwards find it
-    closed, and what their callbacks raise goes to `sys.unraisablehook`.
-    """
-    before = sys.unraisablehook
-
-    def hook(raised: Any) -> None:
-        frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(raised.exc_traceback)]
-        closed = isinstance(raised.exc_value, RuntimeError) and "closed" in str(raised.exc_value)
-        if not (closed and raised.object is None and all("asyncio" in name for name in frames)):
-            before(raised)
-
-    sys.unraisablehook = hook
 
 
 def _orbax() -> Any:
@@ -230,8 +185,8 @@ class Checkpoints:
     @functools.cached_property
     def _checkpointer(self) -> Any:
         ocp = _orbax()
-        logging.getLogger("absl").addFilter(_told_elsewhere)
-        _quiet_about_closed_loops()
+        logging.getLogger("absl").addFilter(save_failures.told_elsewhere)
+        save_failures.quiet_about_closed_loops()
         return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
 
     def _finish(self, step: int, meta: dict[str, Any]) -> None:
@@ -279,7 +234,7 @@ class Checkpoints:
             self.wait()
 
     def _failed(self, error: Exception) -> StopRun:
-        logging.getLogger("asyncio").addFilter(_not_of_orbax)
+        logging.getLogger("asyncio").addFilter(save_failures.not_of_orbax)
         folder = self._beside(self._saving_step, "saving")
         if jax.process_index() == 0:
             _remove_for_good(folder)
@@ -287,7 +242,7 @@ class Checkpoints:
         kept = f"step {whole[-1]} stays the newest" if whole else "there is none yet"
         return StopRun(
             f"cannot save the checkpoint of step {self._saving_step} in {self.folder}: "
-            f"{_reason(error)}; of whole checkpoints {kept}"
+            f"{save_failures.reason(error)}; of whole checkpoints {kept}"
         )
 
     def close(self) -> None:
@@ -298,7 +253,7 @@ class Checkpoints:
             self._thread.shutdown()
             with contextlib.suppress(Exception):
                 self._checkpointer.close()
-            logging.getLogger("absl").removeFilter(_told_elsewhere)
+            logging.getLogger("absl").removeFilter(save_failures.told_elsewhere)
 
     def problems(self) -> Iterator[tuple[int, str | None]]:
         """Each step from the newest on, and what is wrong with it (None if it is whole)."""

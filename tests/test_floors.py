@@ -29,7 +29,7 @@ GROUPS = {
         "models": "models",
         "data": "data",
         "annotate": "annotate",
-        "storage": "checkpoint bundle tensor_files model_card hub",
+        "storage": "checkpoint bundle tensor_files model_card hub save_failures",
     },
     2: {
         "training": (
