@@ -99,7 +99,10 @@ def check_workdir(
             "values, or go on with the new ones by --allow-config-change"
         )
     for key, before, now in changed:
-        say(f"config changed: {key}: {before!r} -> {now!r}")
+        line = f"config changed: {key}: {before!r} -> {now!r}"
+        if key == "train.num_steps" and config.optim.decay == "cosine":
+            line += "; the learning rate now falls to 0 there, and jumps where the run goes on"
+        say(line)
 
 
 def start_workdir(workdir: pathlib.Path, config: ConfigDict, vocabulary: Vocabulary) -> None:

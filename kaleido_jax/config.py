@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import math
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -164,19 +165,28 @@ def check(config: ml_collections.ConfigDict) -> None:
         "train.keep_checkpoints",
         "optim.learning_rate",
         "optim.clip_norm",
+        "optim.eps",
     )
     leaves = dict(flatten(config))
+    for name, value in leaves.items():
+        mine = name.startswith(("train.", "optim."))
+        if mine and isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config key {name!r} is {value}; it must be a finite number")
+    if not 0 <= leaves["seed"] < 2**32:
+        raise UserError(f"config key 'seed' is {leaves['seed']}; it must be in [0, {2**32 - 1}]")
     for name in positive:
         if not leaves[name] > 0:
             raise UserError(f"config key {name!r} is {leaves[name]}; it must be positive")
     _between(leaves, "train.cond_drop_rate", 0.0, 1.0)
     _between(leaves, "optim.ema_decay", 0.0, 1.0)
-    if leaves["train.latent_weight"] < 0:
-        raise UserError(
-            f"config key 'train.latent_weight' is {leaves['train.latent_weight']}; "
-            "it must not be negative"
-        )
+    for name in ("optim.b1", "optim.b2"):
+        if not 0 <= leaves[name] < 1:
+            raise UserError(f"config key {name!r} is {leaves[name]}; it must be in [0, 1)")
     for name in (
+        "optim.warmup_steps",
+        "optim.weight_decay",
+        "train.latent_weight",
+        "train.num_samples",
         "train.sample_every",
         "train.max_bad_steps",
         "train.watchdog_seconds",

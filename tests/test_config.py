@@ -80,6 +80,12 @@ def test_overrides_keep_the_type_of_their_field(override, key, value):
         ("latents=('txt',)", "one of text, bbox, blob, voken"),
         ("data.latent_length=0", "positive length"),
         ("optim.ema_warmup=2", "must be a bool"),
+        ("seed=-1", r"'seed' is -1; it must be in \[0, 4294967295\]"),
+        (f"seed={2**70}", r"it must be in \[0, 4294967295\]"),
+        ("optim.learning_rate=1e999", "must be a finite number"),
+        ("optim.learning_rate=-1e-4", "must be positive"),
+        ("optim.warmup_steps=-1", "must not be negative"),
+        ("optim.b2=1.0", r"must be in \[0, 1\)"),
     ],
 )
 def test_bad_overrides_are_one_clear_line(override, message):
