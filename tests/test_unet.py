@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kaleido_jax.errors import UserError
-from kaleido_jax.interop import mdm
+from kaleido_jax.interop import mdm, mdm_settings
 from kaleido_jax.models import layers, mlp, nested_unet, unet
 from tests.reference_rule import rule_array
 
@@ -207,6 +207,26 @@ def test_patches_trade_space_for_channels():
     assert deep.shape == (2, 2, 3, 12)
     np.testing.assert_array_equal(deep[0, 1, 2], x[0, 2:4, 4:6].reshape(-1))
     np.testing.assert_array_equal(layers.depth_to_space(deep, 2), x)
+
+
+def test_positions_are_the_same_places_at_every_size():
+    image = jnp.zeros((1, 4, 6, 3))
+    read = layers.with_positions(image, 4)
+    assert read.shape == (1, 4, 6, 3 + 2 * 4)
+    rows, columns = read[0, :, :, 3:7], read[0, :, :, 7:]
+    assert (rows == rows[:, :1]).all() and (columns == columns[:1]).all()
+    # Half of the wavelength fits the side: the first cosine tells every row from every other.
+    assert (jnp.diff(rows[:, 0, 2]) < 0).all() and (jnp.diff(columns[0, :, 2]) < 0).all()
+    large = layers.with_positions(jnp.zeros((1, 12, 18, 3)), 4)
+    assert np.allclose(large[:, 1::3, 1::3], read, atol=1e-6)
+    assert layers.with_positions(image, 0) is image
+
+
+def test_positions_are_read_and_are_not_ml_mdms():
+    config = dataclasses.replace(INNER, position_features=4)
+    assert nn.unbox(abstract(config))["trunk"]["stem"]["kernel"].shape[2] == 3 + 2 * 4
+    with pytest.raises(UserError, match="position_features is 4"):
+        mdm_settings.config_to_mdm(config)
 
 
 def test_patch_size_enters_the_ratios_and_keeps_shapes():

@@ -14,7 +14,7 @@ from kaleido_jax.interop.mdm_config import Shapes
 from kaleido_jax.models import nested_unet, unet
 
 # What ml-mdm builds whatever its config says.
-FIXED = {"patch_size": 1, "num_heads": 8, "num_groups_attention": 32}
+FIXED = {"patch_size": 1, "position_features": 0, "num_heads": 8, "num_groups_attention": 32}
 # Released models of three resolutions shift their schedules by the square of the ratio.
 SHIFT_POWERS = {3: 2.0}
 MAX_SETTINGS = 1 << 20  # bytes of a config file
@@ -119,7 +119,7 @@ def config_to_mdm(config: unet.Config | nested_unet.Config) -> dict[str, Any]:
 
 def _unused(config: unet.Config | nested_unet.Config, name: str) -> bool:
     """Whether a network without attention and learned layers never reads a setting of theirs."""
-    if name == "patch_size":
+    if name in ("patch_size", "position_features"):
         return False
     if isinstance(config, nested_unet.Config):
         return not any(config.num_attention_layers)

@@ -272,6 +272,27 @@ def depth_to_space(x: Features, patch: int) -> Features:
     return x.reshape(b, h * patch, w * patch, -1)
 
 
+def with_positions(x: Features, features: int) -> Features:
+    """Appends sines and cosines of the row, then of the column, `features` of each.
+
+    Wavelengths are 2, 1, 1/2, .. of the side, so that any size of image gives the same place the
+    same numbers.
+    """
+    if not features:
+        return x
+    b, height, width, _ = x.shape
+    waves = jnp.pi * 2.0 ** jnp.arange(features // 2)
+
+    def embed(side: int) -> Float[Array, "side features"]:
+        angle = (jnp.arange(side)[:, None] + 0.5) / side * waves
+        return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+    shape = (b, height, width, features)
+    rows = jnp.broadcast_to(embed(height)[None, :, None], shape)
+    columns = jnp.broadcast_to(embed(width)[None, None, :], shape)
+    return jnp.concatenate([x, rows.astype(x.dtype), columns.astype(x.dtype)], axis=-1)
+
+
 def constrain(x: Features) -> Features:
     """Names the axes of image features for the mesh rules."""
     return nn.with_logical_constraint(x, ("batch", "height", "width", "conv_out"))

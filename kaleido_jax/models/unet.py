@@ -50,6 +50,8 @@ class TrunkConfig:
       num_groups_attention: groups of the norms in attention blocks.
       dropout: rate inside residual blocks.
       patch_size: p x p pixels of the image become one position with p*p times the channels.
+      position_features: sinusoids of row and of column that the stem reads beside the image; 0 as in
+        ml-mdm, whose networks know places from their zero padding alone and learn them slowly.
       dtype: of computation. param_dtype: of parameters.
       remat_policy: what the backward pass recomputes, per block: 'none', 'minimal' or 'full'.
       attention: how attention is computed, one of layers.ATTENTIONS.
@@ -67,6 +69,7 @@ class TrunkConfig:
     num_groups_attention: int = 32
     dropout: float = 0.0
     patch_size: int = 1
+    position_features: int = 0
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat_policy: str = "none"
@@ -307,7 +310,8 @@ class Trunk(nn.Module):
         features: Features | None = None,
     ) -> tuple[Features, tuple[Features, ...]]:
         """From the image to the lowest level: (features, skips); adds an outer net's features."""
-        x = self.stem(layers.space_to_depth(image, self.config.patch_size))
+        x = layers.space_to_depth(image, self.config.patch_size)
+        x = self.stem(layers.with_positions(x, self.config.position_features))
         if features is not None:
             x = x + features
         skips = (layers.constrain(x),)
