@@ -17,6 +17,6 @@ def get_config() -> ConfigDict:
     c.data.caption_length = 16
     c.data.latent_length = 33
     c.vocabulary.num_vokens = 1000  # the patch tokenizer of the package
-    c.model.latent_decoder = shapes.small_t5(vocab_size=1536)
+    c.model.latent_decoder = shapes.small_t5(vocab_size=2560)
     c.train.num_steps = 10_000
     return c

@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     c = shapes.get_config()
     c.latents = ("bbox",)
     c.vocabulary.num_vokens = 1000  # the patch tokenizer of the package, for z with vokens
-    c.model.latent_decoder = shapes.small_t5(vocab_size=1536)
+    c.model.latent_decoder = shapes.small_t5(vocab_size=2560)
     c.data.source = ConfigDict(dict(name="webdataset", path="../shared/data/coco100"))
     c.data.image_size = 64
     c.data.caption_length = 64

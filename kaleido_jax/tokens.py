@@ -2,8 +2,8 @@
 
 ids 0..P-1 are the pieces (0 pad, 1 end of sequence, 2 unknown), P..P+27 are kept for section
 tokens, voken number k is P + 28 + k. With T5's 32,100 pieces (its 100 sentinels included) vokens
-start at 32128; with the shipped model of 484 pieces at 512. User text can never produce pad, end,
-section, voken or sentinel ids.
+start at 32128; with the shipped model of 1,508 pieces at 1536. User text can never produce pad,
+end, section, voken or sentinel ids.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Vocabulary:
 
     @classmethod
     def default(cls, num_vokens: int = 1000) -> Vocabulary:
-        """The shipped model of 484 pieces (data/train_vocabulary.py)."""
+        """The shipped model of 1,508 pieces (data/train_vocabulary.py)."""
         asset = importlib.resources.files("kaleido_jax") / "assets" / "shapes.model"
         return cls(asset.read_bytes(), num_vokens, "the shipped vocabulary")
 

@@ -20,7 +20,7 @@ from tests.reference_rule import rule_array, shapes_of, weights_of
 REFERENCE = pathlib.Path(__file__).parent / "reference"
 # As wide as the text that the reference's denoisers read; rows for the shipped vocabulary.
 T5_SMALL = T5Config(
-    vocab_size=512,
+    vocab_size=1536,
     emb_dim=48,
     num_heads=2,
     head_dim=8,

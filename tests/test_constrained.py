@@ -23,7 +23,7 @@ KINDS = [("text",), ("bbox",), ("blob",), ("voken",), COMBINED]
 def pipeline(names, length=64):
     config = _config(names)
     config.vocabulary.num_vokens = 64
-    config.model.latent_decoder.vocab_size = 640
+    config.model.latent_decoder.vocab_size = 1664
     config.data.latent_length = length
     return generate.Pipeline(_bundle(config), mesh.make_mesh(devices=jax.devices()[:1]))
 

@@ -87,7 +87,7 @@ def test_huggingface_to_ours_and_back_is_exact(tmp_path, vokens):
     for key, value in state.items():
         got = back[key][: len(value)] if key in rows else back[key]
         np.testing.assert_array_equal(got, value, err_msg=key)
-    assert len(back["shared.weight"]) == {0: 512, 1000: 1536}[vokens]
+    assert len(back["shared.weight"]) == {0: 1536, 1000: 2560}[vokens]
     again = imports.plan_t5(tmp_path / "back" / "t5", vokens=0)
     assert again.config.model.text_encoder.vocab_size == len(back["shared.weight"])
 

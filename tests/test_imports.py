@@ -90,8 +90,8 @@ def test_new_rows_lie_around_the_mean(tmp_path):
     ):
         old, new = (np.moveaxis(a[path], axis, 0) for a in (flat, grown))
         assert new.shape == (4096, 48) and new.dtype == old.dtype
-        np.testing.assert_array_equal(new[:512], old)
-        fresh = new[512:]
+        np.testing.assert_array_equal(new[:1536], old)
+        fresh = new[1536:]
         sigma = t5.SPREAD * old.std(0)
         assert np.all(np.abs(fresh.mean(0) - old.mean(0)) < 5 * sigma / np.sqrt(len(fresh)))
         np.testing.assert_allclose(fresh.std(0), sigma, rtol=0.1)
@@ -100,20 +100,22 @@ def test_new_rows_lie_around_the_mean(tmp_path):
     np.testing.assert_array_equal(grown[untouched], flat[untouched])
     # The same row of a smaller vocabulary is the same; another seed gives others.
     path = ("token_embedder", "embedding")
-    fewer = np.asarray(t5.resize_vocabulary(tensors, 640, seed=1)[path])
-    np.testing.assert_array_equal(fewer, grown[path][:640])
-    assert (np.asarray(t5.resize_vocabulary(tensors, 640, seed=2)[path])[512:] != fewer[512:]).all()
-    with pytest.raises(UserError, match="a vocabulary of 500 is smaller"):
-        t5.resize_vocabulary(tensors, 500)
+    fewer = np.asarray(t5.resize_vocabulary(tensors, 1664, seed=1)[path])
+    np.testing.assert_array_equal(fewer, grown[path][:1664])
+    assert (
+        np.asarray(t5.resize_vocabulary(tensors, 1664, seed=2)[path])[1536:] != fewer[1536:]
+    ).all()
+    with pytest.raises(UserError, match="a vocabulary of 1500 is smaller"):
+        t5.resize_vocabulary(tensors, 1500)
 
 
 def test_vokens_get_room_in_the_decoder_alone(tmp_path):
     foreign.huggingface_folder(tmp_path / "hf")
     plan = imports.plan_t5(tmp_path / "hf", vokens=300)
-    assert plan.vocabulary.size == 896 and plan.config.model.latent_decoder.vocab_size == 896
-    assert plan.tensors["latent_decoder/token_embedder/embedding"].shape == (896, 48)
-    assert plan.tensors["latent_decoder/decoder/logits_dense/kernel"].shape == (48, 896)
-    assert plan.tensors["text_encoder/token_embedder/embedding"].shape == (512, 48)
+    assert plan.vocabulary.size == 1920 and plan.config.model.latent_decoder.vocab_size == 1920
+    assert plan.tensors["latent_decoder/token_embedder/embedding"].shape == (1920, 48)
+    assert plan.tensors["latent_decoder/decoder/logits_dense/kernel"].shape == (48, 1920)
+    assert plan.tensors["text_encoder/token_embedder/embedding"].shape == (1536, 48)
 
 
 def test_the_rows_of_the_paper():

@@ -24,15 +24,15 @@ VOKENS = "".join(f"#{i * 31}" for i in range(32))
 
 
 def test_sizes_of_the_shipped_vocabulary():
-    assert VOCABULARY.num_pieces == 484
-    assert VOCABULARY.voken_offset == 512
-    assert VOCABULARY.size == 1536  # 1512 rounded up to a multiple of 128
-    assert Vocabulary.default(0).size == 512
+    assert VOCABULARY.num_pieces == 1508
+    assert VOCABULARY.voken_offset == 1536
+    assert VOCABULARY.size == 2560  # 2536 rounded up to a multiple of 128
+    assert Vocabulary.default(0).size == 1536
     assert [VOCABULARY.section_id(n) for n in ("text", "bbox", "blob", "voken")] == [
-        484,
-        485,
-        486,
-        487,
+        1508,
+        1509,
+        1510,
+        1511,
     ]
 
 
@@ -41,8 +41,8 @@ def test_the_shipped_model_is_what_the_script_makes(tmp_path):
     script = [sys.executable, "-m", train_vocabulary.__name__, str(tmp_path / "made.model")]
     subprocess.run(script, check=True, capture_output=True)
     made = Vocabulary.from_file(tmp_path / "made.model")
-    assert [made.token_text(i) for i in range(484)] == [
-        VOCABULARY.token_text(i) for i in range(484)
+    assert [made.token_text(i) for i in range(1508)] == [
+        VOCABULARY.token_text(i) for i in range(1508)
     ]
 
 
@@ -78,21 +78,20 @@ def test_a_megabyte_is_bounded():
     assert VOCABULARY.encode_latents({"text": "word " * 200_000}, ("text",), 64)[-1] == EOS
 
 
-def test_digits_stand_alone_and_shapes_fit_their_budgets():
-    assert [VOCABULARY.token_text(i) for i in VOCABULARY.encode_text("(1, 33)")] == [
-        " (",
-        "1",
-        ", ",
-        "3",
-        "3",
-        ")",
-    ]
+def test_numbers_are_pieces_and_shapes_fit_their_budgets():
+    def pieces(text):
+        return [VOCABULARY.token_text(i) for i in VOCABULARY.encode_text(text)]
+
+    first, count = train_vocabulary.NUMBER_TOKENS
+    assert [VOCABULARY.token_text(first + i) for i in range(count)] == [*map(str, range(1001))]
+    assert pieces("(1, 33, 1000)") == [" (", "1", ", ", "33", ", ", "1000", ")"]
+    assert pieces("(33033, 07)") == [" (", "330", "33", ", ", "0", "7", ")"]  # longer ones are cut
     source = ShapesSource(size=32, num_objects=(1, 2), semi_axis=(130, 190))
     for i in range(100):
         example = source[i]
         assert len(VOCABULARY.encode_caption(example["caption"])) <= 10
-        assert len(VOCABULARY.encode_text(example["latents"]["bbox"])) < 56
-        assert len(VOCABULARY.encode_text(example["latents"]["blob"])) < 64
+        assert len(VOCABULARY.encode_text(example["latents"]["bbox"])) < 34
+        assert len(VOCABULARY.encode_text(example["latents"]["blob"])) < 40
         assert len(VOCABULARY.encode_text(example["latents"]["text"])) < 100
 
 
@@ -105,14 +104,14 @@ def test_latents_round_trip():
     names = ("text", "bbox", "voken")
     ids = VOCABULARY.encode_latents(latents, names, 256)
     assert VOCABULARY.decode_latents([*ids, PAD, PAD], names) == {n: latents[n] for n in names}
-    assert [i for i in ids if 484 <= i < 512] == [484, 485, 487]
+    assert [i for i in ids if 1508 <= i < 1536] == [1508, 1509, 1511]
     assert VOCABULARY.encode_latents({"bbox": ""}, ("bbox",), 8) == [EOS]
     assert VOCABULARY.decode_latents([EOS], names) == dict.fromkeys(names, "")
 
 
 def test_vokens_are_one_token_each():
     ids = VOCABULARY.encode_latents({"voken": VOKENS}, ("voken",), 33)
-    assert ids == [512 + i * 31 for i in range(32)] + [EOS]
+    assert ids == [1536 + i * 31 for i in range(32)] + [EOS]
     assert VOCABULARY.encode_latents({"voken": VOKENS}, ("voken",), 32) == [EOS]
     with pytest.raises(UserError, match="beyond the vocabulary's 100"):
         Vocabulary.default(100).encode_latents({"voken": VOKENS}, ("voken",), 64)

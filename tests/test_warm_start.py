@@ -19,7 +19,7 @@ from tests import foreign
 from tests.tiny import tiny_config
 
 T5_FIELDS = dict(
-    vocab_size=512, emb_dim=48, num_heads=2, head_dim=8, mlp_dim=32,
+    vocab_size=1536, emb_dim=48, num_heads=2, head_dim=8, mlp_dim=32,
     num_encoder_layers=1, num_decoder_layers=2,
 )  # fmt: skip
 
@@ -135,8 +135,8 @@ def test_what_does_not_fit_is_listed(weights, tmp_path):
         start(kaleido_config(weights, mlp_dim=64))
     line = str(caught.value)
     assert "\n" not in line and "wi_0/kernel is [48, 32], should be [48, 64]" in line
-    with pytest.raises(UserError, match=r"import it with --vokens .* is \[512, 48\]"):
-        start(kaleido_config(weights, vocab_size=640))
+    with pytest.raises(UserError, match=r"import it with --vokens .* is \[1536, 48\]"):
+        start(kaleido_config(weights, vocab_size=1664))
     with pytest.raises(UserError, match="which is not a folder"):
         warm_start.warm_start({}, None, [str(tmp_path / "nowhere")])
     with pytest.raises(UserError, match="none of the model's parts"):

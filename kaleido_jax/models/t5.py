@@ -7,6 +7,7 @@ it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from kaleido_jax import quantize
 from kaleido_jax.models.t5_layers import (
@@ -192,12 +193,28 @@ class Decoder(nn.Module):
         return x, nn.with_logical_constraint(head(x), ("batch", "length", "vocab"))
 
 
+def _embedding_init(
+    numbers: tuple[int, ...], key: Key[Array, ""], shape: tuple[int, int], dtype: Any
+) -> Float[Array, "vocab embed"]:
+    """Standard normal, as T5's; rows of numbers are sinusoids of the same mean square."""
+    table = nn.initializers.normal(1.0)(key, shape, dtype)
+    if not numbers:
+        return table
+    first, count = numbers
+    half = shape[1] // 2
+    # From half a wave over all numbers to a wave of a quarter of them.
+    waves = np.pi * 8.0 ** (np.arange(half) / max(half - 1, 1))
+    angle = np.arange(count)[:, None] / count * waves
+    rows = np.sqrt(2) * np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+    return table.at[first : first + count].set(rows.astype(dtype))
+
+
 def _token_embedder(cfg: T5Config) -> nn.Embed:
     return nn.Embed(
         cfg.vocab_size,
         cfg.emb_dim,
         embedding_init=nn.with_logical_partitioning(
-            nn.initializers.normal(1.0), ("vocab", "embed")
+            functools.partial(_embedding_init, cfg.number_tokens), ("vocab", "embed")
         ),
         dtype=jnp.dtype(cfg.dtype),
         param_dtype=jnp.dtype(cfg.param_dtype),

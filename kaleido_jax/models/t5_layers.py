@@ -46,7 +46,9 @@ class T5Config:
     logits are float32 always. `remat_policy`: "none" keeps every activation, "minimal" keeps matrix
     products without batch dimensions, "full" recomputes each layer in the backward pass. With a
     `lora_rank` the kernels of the layers that `lora_kernels` names ("query", "wi_0") get adapters
-    (`kaleido_jax.lora`).
+    (`kaleido_jax.lora`). `number_tokens` is (first id, count) of pieces that are the whole numbers
+    0..count-1; their embeddings start as sinusoids of the number instead of at random, so that a
+    model trained from scratch need not learn one by one what lies near what. () as in T5.
 
     Raises UserError for values that no T5 has.
     """
@@ -71,9 +73,10 @@ class T5Config:
     lora_rank: int = 0
     lora_alpha: float = 16.0
     lora_kernels: tuple[str, ...] = ()
+    number_tokens: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for name in ("mlp_activations", "lora_kernels"):
+        for name in ("mlp_activations", "lora_kernels", "number_tokens"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("vocab_size", "emb_dim", "num_heads", "head_dim", "mlp_dim"):
             if getattr(self, name) < 1:
@@ -90,6 +93,7 @@ class T5Config:
                 f"{sorted(ACTIVATIONS)}"
             )
         self._check_lora()
+        self._check_numbers()
         if self.remat_policy not in REMAT_POLICIES:
             raise UserError(
                 f"T5 config: remat_policy {self.remat_policy!r} must be one of "
@@ -115,6 +119,16 @@ class T5Config:
                 f"config key 'model.lora_kernels' is {self.lora_kernels}; it needs some of "
                 f"{', '.join(known)}"
             )
+
+    def _check_numbers(self) -> None:
+        if self.number_tokens:
+            first, count = (*self.number_tokens, 0)[:2]
+            fits = first >= 0 < count and first + count <= self.vocab_size
+            if len(self.number_tokens) != 2 or not fits or self.emb_dim % 2:
+                raise UserError(
+                    f"T5 config: number_tokens is {self.number_tokens}; it must be () or (first id, "
+                    f"count) within the vocabulary of {self.vocab_size}, and emb_dim even"
+                )
 
     @property
     def mlp_kernels(self) -> tuple[str, ...]:
