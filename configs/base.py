@@ -96,6 +96,7 @@ def get_config() -> ConfigDict:
     c.model.text_encoder = ConfigDict(t5())
     c.model.latent_decoder = ConfigDict(t5(vocab_size=40320))  # Sec. 4.1: vocabulary resized
     c.model.freeze_encoder = True  # Sec. 3.3: "we freeze the context encoder"
+    c.model.read_tokens = False  # ours: whether states of z also carry the tokens' embeddings
     c.model.frozen_storage = "float32"  # ours, of a frozen encoder: or 'bfloat16', 'int8'
     # 'all' (Sec. 3.3), 'last:N' layers or 'lora:RANK': App. C, "partial training".
     c.model.train_decoder = "all"
@@ -146,6 +147,7 @@ def get_config() -> ConfigDict:
 
     c.optim = ConfigDict()
     c.optim.learning_rate = 1e-4  # App. B.2
+    c.optim.text_rate = 1.0  # ours: T5's learning rate over the denoiser's
     c.optim.warmup_steps = 10_000  # App. B.2
     c.optim.decay = "constant"  # or 'cosine', to 0 at train.num_steps
     c.optim.b1 = 0.9  # App. B.2

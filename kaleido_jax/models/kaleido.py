@@ -36,6 +36,9 @@ class KaleidoConfig:
       backbone: name of the module under `kaleido_jax.models` that holds the denoiser.
       denoiser: that module's Config.
       freeze_encoder: stop gradients at the encoder's states.
+      read_tokens: add the embedding of each token that was read to the decoder's state there. The
+        states alone are trained to foretell the next token and, in a narrow decoder, forget the
+        one they have read.
     """
 
     text_encoder: T5Config
@@ -43,6 +46,7 @@ class KaleidoConfig:
     backbone: str
     denoiser: Any
     freeze_encoder: bool = True
+    read_tokens: bool = False
 
     @property
     def ratios(self) -> tuple[int, ...]:
@@ -81,7 +85,7 @@ class KaleidoConfig:
                 f"{innermost.conditioning_feature_dim}; it must be the text encoder's emb_dim, "
                 f"{encoder.emb_dim}"
             )
-        return cls(encoder, decoder, backbone, denoiser, model.freeze_encoder)
+        return cls(encoder, decoder, backbone, denoiser, model.freeze_encoder, model.get("read_tokens", False))
 
     def portable(self) -> KaleidoConfig:
         """The same model without attention that only one platform has: for exported programs."""
@@ -145,6 +149,8 @@ class Kaleido(nn.Module):
         hidden, logits = self.latent_decoder(
             inputs, encoded.states, encoded.mask, input_mask=input_mask, train=train
         )
+        if self.cfg.read_tokens:
+            hidden = hidden + self.latent_decoder.token_embedder(inputs)
         return hidden, logits, mask
 
     def condition(
