@@ -32,6 +32,8 @@ class LossConfig:
       pixel_centre, pixel_scale: image = (uint8 - centre) / scale.
       mixed_ratio: parts of the batch by the highest resolution that they train, highest first;
         () trains all of them on every row.
+      noisy_steps: the first third of so many steps draws only the noisiest tenth of the times, the
+        rest widens evenly to all of them. There the condition alone decides the picture.
     """
 
     schedules: tuple[schedule.Schedule, ...]
@@ -43,6 +45,7 @@ class LossConfig:
     pixel_centre: float
     pixel_scale: float
     mixed_ratio: tuple[int, ...] = ()
+    noisy_steps: int = 0
 
     @classmethod
     def from_config(cls, config: ConfigDict, ratios: tuple[int, ...]) -> LossConfig:
@@ -71,7 +74,16 @@ class LossConfig:
             pixel_centre=config.data.pixel_centre,
             pixel_scale=config.data.pixel_scale,
             mixed_ratio=mixed,
+            noisy_steps=config.train.get("noisy_steps", 0),
         )
+
+    def least_time(self, step: Int[Array, ""]) -> Int[Array, ""] | int:
+        """The least time index that `step` may draw."""
+        if not self.noisy_steps:
+            return 0
+        noisiest = schedule.NUM_LEVELS * 9 // 10
+        left = jnp.maximum(self.noisy_steps - step, 0)
+        return jnp.minimum(3 * noisiest * left // (2 * self.noisy_steps), noisiest)
 
     def mix(self, images: Pyramid) -> Pyramid:
         """The rows of each resolution that train it."""
@@ -106,7 +118,9 @@ class Draws:
 def draw(batch: Batch, seed: int, step: Int[Array, ""], cfg: LossConfig) -> Draws:
     """The random numbers of `step`, from the streams of `seed`."""
     size, side, _, channels = batch.image.shape
-    time_index = jax.random.randint(rng.stream(seed, "time", step), (size,), 0, schedule.NUM_LEVELS)
+    least = cfg.least_time(step)
+    times = rng.stream(seed, "time", step)
+    time_index = jax.random.randint(times, (size,), least, schedule.NUM_LEVELS)
     key = rng.stream(seed, "noise", step)
     sides = [side * ratio // cfg.ratios[0] for ratio in cfg.ratios]
     noises = tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,6 +40,17 @@ def test_large_gradients_are_clipped_and_the_first_adam_step_has_the_rate():
     np.testing.assert_allclose(updates["a"], [-0.1, 0.1, -0.1, 0.0], rtol=1e-5)
     clipped = next(s for s in state if hasattr(s, "mu")).mu["a"] / (1 - cfg.optim.b1)
     assert np.linalg.norm(clipped) == pytest.approx(cfg.optim.clip_norm, rel=1e-5)
+
+
+def test_t5_learns_at_its_share_of_the_rate():
+    fields = ("optim.decay=constant", "optim.warmup_steps=0", "optim.learning_rate=0.1")
+    params = {part: {"w": jnp.zeros(3)} for part in ("text_encoder", "latent_decoder", "denoiser")}
+    gradients = jax.tree.map(lambda p: p + 1.0, params)
+    optimizer = optim.make_optimizer(tiny_config(*fields, "optim.text_rate=0.25"))
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["denoiser"]["w"], -0.1, rtol=1e-5)
+    for part in ("text_encoder", "latent_decoder"):
+        np.testing.assert_allclose(updates[part]["w"], -0.025, rtol=1e-5)
 
 
 def test_the_average_follows_its_decay_and_its_warm_up():

@@ -36,9 +36,9 @@ class KaleidoConfig:
       backbone: name of the module under `kaleido_jax.models` that holds the denoiser.
       denoiser: that module's Config.
       freeze_encoder: stop gradients at the encoder's states.
-      read_tokens: add the embedding of each token that was read to the decoder's state there. The
-        states alone are trained to foretell the next token and, in a narrow decoder, forget the
-        one they have read.
+      read_tokens: add to each state of the decoder the embedding of the token that was read there
+        and a fixed direction for its place. The states alone are trained to foretell the next
+        token: a narrow decoder forgets the one that it has read, and which number of a box it was.
     """
 
     text_encoder: T5Config
@@ -85,7 +85,14 @@ class KaleidoConfig:
                 f"{innermost.conditioning_feature_dim}; it must be the text encoder's emb_dim, "
                 f"{encoder.emb_dim}"
             )
-        return cls(encoder, decoder, backbone, denoiser, model.freeze_encoder, model.get("read_tokens", False))
+        return cls(
+            encoder,
+            decoder,
+            backbone,
+            denoiser,
+            model.freeze_encoder,
+            model.get("read_tokens", False),
+        )
 
     def portable(self) -> KaleidoConfig:
         """The same model without attention that only one platform has: for exported programs."""
@@ -150,7 +157,9 @@ class Kaleido(nn.Module):
             inputs, encoded.states, encoded.mask, input_mask=input_mask, train=train
         )
         if self.cfg.read_tokens:
-            hidden = hidden + self.latent_decoder.token_embedder(inputs)
+            hidden = (
+                hidden + self.latent_decoder.token_embedder(inputs) + _places(*hidden.shape[1:])
+            )
         return hidden, logits, mask
 
     def condition(
@@ -204,6 +213,12 @@ class Kaleido(nn.Module):
         """Touches every parameter once: used to initialise and to count."""
         condition = self.condition(caption_tokens, latent_tokens)
         return self.denoise(pyramid, time_index, self.encode_condition(condition))
+
+
+def _places(length: int, width: int) -> Float[Array, "length width"]:
+    """A random direction for each place of a sequence; the same for a place at any length."""
+    keys = jax.vmap(lambda place: jax.random.fold_in(jax.random.key(0), place))(jnp.arange(length))
+    return jax.vmap(lambda key: jax.random.normal(key, (width,)))(keys)
 
 
 def join(first: Conditioning, second: Conditioning) -> Conditioning:

@@ -126,8 +126,8 @@ class T5Config:
             fits = first >= 0 < count and first + count <= self.vocab_size
             if len(self.number_tokens) != 2 or not fits or self.emb_dim % 2:
                 raise UserError(
-                    f"T5 config: number_tokens is {self.number_tokens}; it must be () or (first id, "
-                    f"count) within the vocabulary of {self.vocab_size}, and emb_dim even"
+                    f"T5 config: number_tokens is {self.number_tokens}; it must be () or (first "
+                    f"id, count) within the vocabulary of {self.vocab_size}, and emb_dim even"
                 )
 
     @property

@@ -50,8 +50,8 @@ class TrunkConfig:
       num_groups_attention: groups of the norms in attention blocks.
       dropout: rate inside residual blocks.
       patch_size: p x p pixels of the image become one position with p*p times the channels.
-      position_features: sinusoids of row and of column that the stem reads beside the image; 0 as in
-        ml-mdm, whose networks know places from their zero padding alone and learn them slowly.
+      position_features: sinusoids of row and of column that the stem reads beside the image; 0 as
+        in ml-mdm, whose networks know places from their zero padding alone and learn them slowly.
       dtype: of computation. param_dtype: of parameters.
       remat_policy: what the backward pass recomputes, per block: 'none', 'minimal' or 'full'.
       attention: how attention is computed, one of layers.ATTENTIONS.

@@ -1,0 +1,33 @@
+"""`train.noisy_steps`: which times the first steps draw."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from kaleido_jax import losses
+from kaleido_jax.types import Batch
+from tests.tiny import tiny_config
+
+
+def _times(noisy: int, step: int) -> np.ndarray:
+    config = tiny_config(f"train.noisy_steps={noisy}")
+    cfg = losses.LossConfig.from_config(config, (1,))
+    tokens = jnp.zeros((4096, 1), jnp.int32)
+    images = jnp.zeros((4096, 1, 1, 3), jnp.uint8)
+    batch = Batch(
+        caption_tokens=tokens, latent_tokens=tokens, image=images, key_hash=jnp.zeros(4096)
+    )
+    return np.asarray(losses.draw(batch, 0, jnp.int32(step), cfg).time_index)
+
+
+def test_the_first_third_draws_the_noisiest_tenth_and_the_rest_widens_to_all():
+    for step, least in ((0, 900), (99, 900), (100, 900), (200, 450), (299, 4), (300, 0), (9999, 0)):
+        drawn = _times(300, step)
+        assert least <= drawn.min() <= least + 10, step
+        assert drawn.max() >= 997 and drawn.dtype == np.int32
+
+
+def test_without_it_all_times_are_drawn_from_the_first_step():
+    assert _times(0, 0).min() < 5
+    np.testing.assert_array_equal(_times(0, 7), _times(7, 7))
