@@ -140,7 +140,7 @@ def test_log_probability_is_that_of_the_teacher_forced_decoder():
     model, variables = Kaleido(KaleidoConfig.from_config(config)), {"params": weights.params}
     encoded = stages.encode(model, weights.params, jnp.array([[5, 6, 7, 1], [8, 9, 1, 0]]))
     seeds, indices = np.array([0, 0], np.uint32), np.array([0, 1], np.uint32)
-    allowed = np.ones(512, bool)
+    allowed = np.ones(1536, bool)
     ids, log_prob = stages.draw_latents(
         model, weights.params, 10, encoded, seeds, indices, np.uint32(0), 0.8, 0, 0.95, allowed
     )

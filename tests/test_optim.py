@@ -32,7 +32,8 @@ def test_an_unknown_decay_is_refused():
 
 
 def test_large_gradients_are_clipped_and_the_first_adam_step_has_the_rate():
-    cfg = tiny_config("optim.decay=constant", "optim.warmup_steps=0", "optim.learning_rate=0.1")
+    fields = ("optim.decay=constant", "optim.warmup_steps=0", "optim.learning_rate=0.1")
+    cfg = tiny_config(*fields, "optim.text_rate=1.0")
     optimizer = optim.make_optimizer(cfg)
     params = {"a": jnp.zeros(4)}
     huge = {"a": jnp.array([1e6, -1e6, 1e6, 0.0])}

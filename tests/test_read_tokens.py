@@ -1,13 +1,48 @@
-"""`model.read_tokens`: states of z that also carry which token was read, and where."""
+"""What helps a narrow decoder to tell numbers: `number_tokens` of T5 and `model.read_tokens`."""
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from kaleido_jax.errors import UserError
 from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
+from kaleido_jax.models.t5 import LatentDecoder, T5Config
 from kaleido_jax.train import Trainer
 from tests.tiny import tiny_config
+
+SMALL = T5Config(
+    vocab_size=64, emb_dim=24, num_heads=2, head_dim=8, mlp_dim=16, num_decoder_layers=1
+)
+
+
+def test_rows_of_numbers_start_as_sinusoids():
+    numbers, plain = (
+        np.asarray(
+            LatentDecoder(dataclasses.replace(SMALL, number_tokens=rows))
+            .init(
+                jax.random.key(0),
+                jnp.array([[5, 9, 1], [8, 1, 0]]),
+                jnp.zeros((2, 5, 24)),
+                jnp.ones((2, 5), bool),
+            )["params"]["token_embedder"]["embedding"]
+            .unbox()
+        )
+        for rows in ((4, 40), ())
+    )
+    np.testing.assert_array_equal(numbers[:4], plain[:4])
+    np.testing.assert_array_equal(numbers[44:], plain[44:])
+    rows = numbers[4:44]
+    np.testing.assert_allclose((rows**2).mean(1), 1.0, rtol=1e-5)  # as long as the random ones
+    near, far = (np.square(rows[n:] - rows[:-n]).mean() for n in (1, 20))
+    assert near < far / 2
+    for wrong in ((4,), (4, 61), (-1, 3), (4, 0)):
+        with pytest.raises(UserError, match="number_tokens"):
+            dataclasses.replace(SMALL, number_tokens=wrong)
 
 
 def test_states_gain_the_token_and_its_place_and_logits_stay():

@@ -212,28 +212,6 @@ def test_initialisers_are_t5x_ones():
     assert std == pytest.approx({"query": 0.25, "key": 1, "value": 1, "out": 1}, rel=0.05)
 
 
-def test_rows_of_numbers_start_as_sinusoids():
-    numbers, plain = (
-        np.asarray(
-            LatentDecoder(dataclasses.replace(V1_1, number_tokens=rows))
-            .init(jax.random.key(0), CAPTIONS, jnp.zeros((2, 5, 24)), jnp.ones((2, 5), bool))[
-                "params"
-            ]["token_embedder"]["embedding"]
-            .unbox()
-        )
-        for rows in ((4, 40), ())
-    )
-    np.testing.assert_array_equal(numbers[:4], plain[:4])
-    np.testing.assert_array_equal(numbers[44:], plain[44:])
-    rows = numbers[4:44]
-    np.testing.assert_allclose((rows**2).mean(1), 1.0, rtol=1e-5)  # as long as the random ones
-    near, far = (np.square(rows[n:] - rows[:-n]).mean() for n in (1, 20))
-    assert near < far / 2
-    for wrong in ((4,), (4, 61), (-1, 3), (4, 0)):
-        with pytest.raises(UserError, match="number_tokens"):
-            dataclasses.replace(V1_1, number_tokens=wrong)
-
-
 def test_padding_changes_nothing(params, baseline):
     padded = jnp.pad(CAPTIONS, ((0, 0), (0, 4)))
     longer = jnp.pad(LATENTS, ((0, 0), (0, 3)), constant_values=11)

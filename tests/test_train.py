@@ -93,7 +93,9 @@ def test_the_baseline_is_the_same_code_without_z(setup):
 
 def test_a_dropped_condition_hides_caption_and_latents_but_not_from_the_latent_loss(setup):
     _, _, state, batch = setup
-    params = jax.tree.map(lambda x: x + 0.1, whole_params(state))
+    params = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), whole_params(state)
+    )
     other = batch.replace(
         caption_tokens=batch.caption_tokens[::-1], latent_tokens=batch.latent_tokens[::-1]
     )
