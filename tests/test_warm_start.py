@@ -38,6 +38,7 @@ def weights(tmp_path_factory):
 def kaleido_config(weights, denoiser=None, **t5):
     """A training config for Kaleido whose sizes are the imports', and what differs."""
     cfg = tiny_config("train.num_steps=1", "train.checkpoint_every=1", "model.freeze_encoder=True")
+    cfg.model.latent_decoder.logits_via_embedding = False  # as in T5 1.1
     stated = bundle.read_config(weights / "mdm").model.denoiser.to_dict()
     with cfg.unlocked():
         cfg.init_from = (str(weights / "t5"), str(weights / "mdm"))
