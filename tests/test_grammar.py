@@ -246,7 +246,7 @@ def test_shapes_are_counted(monkeypatch):
     monkeypatch.setattr("kaleido_jax.latents.grounding.MAX_OBJECTS", 3)
     vocabulary, laid = tables(("bbox",))
     bias = liking(vocabulary, "structure")
-    ids = draw(vocabulary, laid, (150,), bias, 50)
+    ids = draw(vocabulary, laid, (400,), bias, 100)
     counts = [sum(len(s.boxes) for s in bbox.parse(vocabulary.decode(row))) for row in ids]
     assert max(counts) == 3
 
