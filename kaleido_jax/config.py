@@ -185,7 +185,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     for name in (
         "optim.warmup_steps",
         "optim.weight_decay",
+        "optim.text_rate",
         "train.latent_weight",
+        "train.noisy_steps",
         "train.num_samples",
         "train.sample_every",
         "train.max_bad_steps",

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 
@@ -36,18 +37,24 @@ def not_of_orbax(record: logging.LogRecord) -> bool:
     return not ("was never retrieved" in text and "OCDBT" in text)
 
 
+class _QuietHook:
+    """`sys.unraisablehook` as it was before, but for callbacks of a closed event loop."""
+
+    def __init__(self, before: Callable[[Any], Any]) -> None:
+        self._before = before
+
+    def __call__(self, raised: Any) -> None:
+        frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(raised.exc_traceback)]
+        closed = isinstance(raised.exc_value, RuntimeError) and "closed" in str(raised.exc_value)
+        if not (closed and raised.object is None and all("asyncio" in name for name in frames)):
+            self._before(raised)
+
+
 def quiet_about_closed_loops() -> None:
     """Keeps tensorstore's threads from printing a traceback for each array written too late.
 
     Orbax closes its event loop at the first error of a save; writes that end afterwards find it
-    closed, and what their callbacks raise goes to `sys.unraisablehook`.
+    closed, and what their callbacks raise goes to `sys.unraisablehook`. Twice is as once.
     """
-    before = sys.unraisablehook
-
-    def hook(raised: Any) -> None:
-        frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(raised.exc_traceback)]
-        closed = isinstance(raised.exc_value, RuntimeError) and "closed" in str(raised.exc_value)
-        if not (closed and raised.object is None and all("asyncio" in name for name in frames)):
-            before(raised)
-
-    sys.unraisablehook = hook
+    if not isinstance(sys.unraisablehook, _QuietHook):
+        sys.unraisablehook = _QuietHook(sys.unraisablehook)

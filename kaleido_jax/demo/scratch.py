@@ -30,8 +30,8 @@ QUICK_STEPS, QUICK_STOP = 3, 2
 QUICK = (
     "train.batch_size=2",
     "data.latent_length=16",
-    "model.denoiser.resolution_channels=(16,16)",
-    "model.denoiser.num_attention_layers=(0,0)",
+    "model.denoiser.resolution_channels=(16,)",
+    "model.denoiser.num_attention_layers=(0,)",
     "sample.steps=2",
 )
 GUIDANCE, PICTURES = 2.0, 2  # of each caption

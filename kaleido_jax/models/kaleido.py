@@ -157,9 +157,8 @@ class Kaleido(nn.Module):
             inputs, encoded.states, encoded.mask, input_mask=input_mask, train=train
         )
         if self.cfg.read_tokens:
-            hidden = (
-                hidden + self.latent_decoder.token_embedder(inputs) + _places(*hidden.shape[1:])
-            )
+            read = self.latent_decoder.token_embedder(inputs) + _places(*hidden.shape[1:])
+            hidden = hidden + read.astype(hidden.dtype)
         return hidden, logits, mask
 
     def condition(
