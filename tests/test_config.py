@@ -77,6 +77,8 @@ def test_overrides_keep_the_type_of_their_field(override, key, value):
         ("train.batch_size=-1", "must be positive"),
         ("train.cond_drop_rate=1.5", r"must be in \[0"),
         ("train.latent_weight=-1.0", "must not be negative"),
+        ("train.noisy_steps=-1", "must not be negative"),
+        ("optim.text_rate=-0.1", "must not be negative"),
         ("latents=('txt',)", "one of text, bbox, blob, voken"),
         ("data.latent_length=0", "positive length"),
         ("optim.ema_warmup=2", "must be a bool"),

@@ -14,6 +14,7 @@ from kaleido_jax import bundle, demo
 from kaleido_jax.data import ShapesSource, shapes_modes
 from kaleido_jax.data import toy as toy_data
 from kaleido_jax.demo import (
+    configs,
     control,
     coverage,
     folder,
@@ -28,6 +29,7 @@ from kaleido_jax.demo import (
 )
 from kaleido_jax.demo.checks import Check
 from kaleido_jax.errors import UserError
+from kaleido_jax.train import Trainer
 from kaleido_jax.evaluate.results import plain
 from kaleido_jax.figures import grids, tables
 from kaleido_jax.latents import LatentDocument
@@ -163,6 +165,13 @@ def test_a_check_that_has_no_number_does_not_hold():
 
 
 # ---- mode coverage --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [(), scratch.QUICK])
+def test_the_short_training_has_a_model_that_can_be_built(changes):
+    config = configs.load("shapes", (*scratch.CHANGES, *changes))
+    state = Trainer(config).abstract_state()
+    assert {"denoiser", "latent_decoder"} <= set(state.params)
 
 
 def test_table_finds_what_was_drawn():

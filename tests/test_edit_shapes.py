@@ -88,18 +88,43 @@ def test_a_moved_box_moves_its_object_and_the_other_keeps_its_box(pipeline, scen
     assert np.mean(kept >= SUCCESS) >= OF
 
 
+def _other_hue(scene: shapes.Scene, index: int) -> int:
+    """A hue that neither object of a scene has."""
+    taken = [item.hue for item in scene.objects]
+    free = [hue for hue in range(len(shapes.HUE_NAMES)) if hue not in taken]
+    return free[index % len(free)]
+
+
 def test_another_colour_word_gives_another_colour(pipeline, scenes):
-    names, edited, wanted = shapes.HUE_NAMES, [], []
-    for i, scene in enumerate(scenes):
-        first, other = scene.objects
-        free = [hue for hue in range(len(names)) if hue not in (first.hue, other.hue)]
-        hue = free[i % len(free)]
+    edited = []
+    wanted = [_other_hue(scene, i) for i, scene in enumerate(scenes)]
+    for i, (scene, hue) in enumerate(zip(scenes, wanted, strict=True)):
+        first = scene.objects[0]
         new = shapes_text.name_of(dataclasses.replace(first, hue=hue))
         step = [("word", f"{shapes_text.name_of(first)}={new}")]
         edited.append(editing.apply(_document(scene, i), step))
-        wanted.append(hue)
     images = pipeline.render(edited, batch_size=20, sampler="dpmpp").images
-    boxes = [scene.objects[0].box for scene in scenes]
-    there = _ious(images, wanted, boxes)
+    there = _ious(images, wanted, [scene.objects[0].box for scene in scenes])
     print(f"recoloured {np.mean(there >= SUCCESS):.2f} (IoU {there.mean():.2f})")
     assert np.mean(there >= SUCCESS) >= OF
+
+
+def test_another_colour_word_in_a_description_gives_another_colour(scenes):
+    """The text names no box: the new colour must be seen, and the old one no more."""
+    edited, hues = [], []
+    for i, scene in enumerate(scenes):
+        old, new = scene.objects[0].hue, _other_hue(scene, i)
+        latents = {"text": shapes_text.description(scene)}
+        document = LatentDocument(shapes_text.caption(scene), latents, sample_index=i, steps=20)
+        words = f"{shapes.HUE_NAMES[old]}={shapes.HUE_NAMES[new]}"
+        edited.append(editing.apply(document, [("word", words)]))
+        hues.append((old, new))
+    drawn = Pipeline.from_pretrained(ASSETS / "shapes_text").render(
+        edited, batch_size=20, sampler="dpmpp"
+    )
+    seen = [shapes_detector.read(image) for image in drawn.images]
+    new_seen = [s.by_hue(new) is not None for s, (_, new) in zip(seen, hues, strict=True)]
+    old_seen = [s.by_hue(old) is not None for s, (old, _) in zip(seen, hues, strict=True)]
+    changed = np.mean(np.array(new_seen) & ~np.array(old_seen))
+    print(f"recoloured by text {changed:.2f}; new {np.mean(new_seen):.2f}, old {np.mean(old_seen):.2f}")
+    assert changed >= OF

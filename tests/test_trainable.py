@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kaleido_jax import bundle, checkpoint, config, lora, train, trainable
+from kaleido_jax import bundle, checkpoint, config, lora, optim, train, trainable
 from kaleido_jax.errors import UserError
 from kaleido_jax.trainable import Trainable
 from kaleido_jax.training_loop import train as run_training
@@ -65,6 +65,19 @@ def test_splitting_and_merging_are_inverse():
     np.testing.assert_array_equal(leaves_of(trainable.merge(trained, rest)).popitem()[1], stack)
     whole = trainable.split(decoder, Trainable(freeze_encoder=False, layers=4, num_layers=4))
     assert leaves_of(whole[0]).popitem()[1].shape == (2, 4, 3) and whole[1] == {}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_whatever_part_of_t5_trains_learns_at_its_share_of_the_rate(name):
+    cfg = part_config(name, "optim.text_rate=0.125", "optim.decay=constant")
+    params = jax.tree.map(lambda a: jnp.ones(a.shape), one_device(cfg).abstract_state().params)
+    optimizer = optim.make_optimizer(cfg)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert {"latent_decoder", "denoiser"} <= set(updates)
+    for part, tree in updates.items():
+        rate = cfg.optim.learning_rate * (1 if part == "denoiser" else 0.125)
+        for leaf in jax.tree.leaves(tree):
+            np.testing.assert_allclose(leaf, -rate, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", PARTS)
