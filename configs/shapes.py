@@ -2,8 +2,8 @@
 
 The latent is the grounded caption; the baseline is the same with --config.latents=(). What is not
 the paper's is here so that a network of a million parameters learns within some thousand steps
-where the boxes say that things lie: a box decides less than a tenth of what the background does, and
-only while x_t is nearly noise.
+where the boxes say that things lie: a box decides less than a tenth of what the background does,
+and only while x_t is nearly noise.
 """
 
 from __future__ import annotations

@@ -29,10 +29,10 @@ from kaleido_jax.demo import (
 )
 from kaleido_jax.demo.checks import Check
 from kaleido_jax.errors import UserError
-from kaleido_jax.train import Trainer
 from kaleido_jax.evaluate.results import plain
 from kaleido_jax.figures import grids, tables
 from kaleido_jax.latents import LatentDocument
+from kaleido_jax.train import Trainer
 
 EACH = 60  # made-up pictures of each caption
 

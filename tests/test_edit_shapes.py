@@ -126,5 +126,6 @@ def test_another_colour_word_in_a_description_gives_another_colour(scenes):
     new_seen = [s.by_hue(new) is not None for s, (_, new) in zip(seen, hues, strict=True)]
     old_seen = [s.by_hue(old) is not None for s, (old, _) in zip(seen, hues, strict=True)]
     changed = np.mean(np.array(new_seen) & ~np.array(old_seen))
-    print(f"recoloured by text {changed:.2f}; new {np.mean(new_seen):.2f}, old {np.mean(old_seen):.2f}")
+    both = f"new {np.mean(new_seen):.2f}, old {np.mean(old_seen):.2f}"
+    print(f"recoloured by text {changed:.2f}: {both}")
     assert changed >= OF

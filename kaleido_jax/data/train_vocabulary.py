@@ -2,7 +2,8 @@
 
 1,508 pieces, so that with 28 section tokens text takes 1,536 ids: a piece for every whole number of
 0..1000, in which boxes and ellipses are measured, the others by byte-pair merges. One token says
-where an edge lies; of digits, each one's weight depends on how many follow. Every ASCII character has a piece of its own; longer numbers are cut.
+where an edge lies; of digits, each one's weight depends on how many follow. Every ASCII character
+has a piece of its own; longer numbers are cut.
 Deterministic: the same package version writes the same bytes.
 """
 
