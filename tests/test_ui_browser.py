@@ -34,8 +34,8 @@ from kaleido_jax.latents import bbox, load_document, read_png
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
-    pytest.mark.long,
-    pytest.mark.timeout(1200),
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
     pytest.mark.skipif(
         not (CHROMIUM and DRIVER),
         reason="needs chromium and chromedriver (Debian's chromium-driver)",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
+import logging
 import os
 import secrets
 import socket
@@ -153,6 +155,17 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Every open page holds a stream, which uvicorn cancels with a traceback for each.
+        logging.getLogger("uvicorn.error").addFilter(_is_no_cancelled_stream)
+        await super().shutdown(sockets)
+
+
+def _is_no_cancelled_stream(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    cancelled = isinstance(error, asyncio.CancelledError)
+    return not (cancelled or "timeout graceful shutdown exceeded" in record.getMessage())
 
 
 def listen(host: str, port: int) -> socket.socket:
