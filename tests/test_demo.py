@@ -108,6 +108,7 @@ def made_shapes(unreadable: int = 0) -> shapes.Shapes:
 
     found = {m: {w: drawn(m, w) for w in shapes.WEIGHTS} for m in shapes.MODELS}
     settings = {"samples_per_caption": EACH, "num_steps": 3, "sampler": "ddim"}
+    settings["trained_alike"] = True
     models = {model: {"checkpoint": "<1>"} for model in shapes.MODELS}
     return shapes.Shapes(captions, found, settings | {"models": models})
 
@@ -305,6 +306,9 @@ def test_page_and_pictures(tmp_path):
     assert found.words.count("holds") == len(checks)
     assert "prefers-color-scheme: dark" in source
     assert "width=device-width" in source
+    assert page.OF_OLD not in found.words
+    results["shapes"]["settings"]["trained_alike"] = False
+    assert page.OF_OLD in Page(page.build(results, checks, panels)).words
     # Without a judge in a quick run.
     quick = Page(page.build(results | {"quick": True}, checks, panels)).words
     assert "no claim is judged" in quick

@@ -10,6 +10,10 @@ from kaleido_jax.demo.checks import Check
 from kaleido_jax.demo.control import CHANCE
 
 NAMES = {"baseline": "baseline", "kaleido": "Kaleido"}
+OF_OLD = (
+    "They were not trained alike: the baseline is of an earlier config, with another network and "
+    "pictures of smaller objects, so what differs between them is not due to the latents alone."
+)
 
 
 def build(results: dict[str, Any], checks: Sequence[Check], panels: Sequence[dict]) -> str:
@@ -110,6 +114,7 @@ def _shapes(shapes: dict[str, Any], panels: Sequence[dict]) -> list[str]:
             "is known. Both models were trained beforehand with this package and ship with it; "
             f"their pictures were drawn just now, {settings['num_steps']} steps of "
             f"{settings['sampler']} each, with the same settings for both."
+            + ("" if settings["trained_alike"] else f" {OF_OLD}")
         ),
         markup.picture(
             "shapes.png",

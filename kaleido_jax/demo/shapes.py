@@ -6,11 +6,12 @@ import dataclasses
 import importlib.resources
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from ml_collections import ConfigDict
 
 from kaleido_jax import generate
 from kaleido_jax.data import shapes_detector, shapes_text
@@ -105,6 +106,7 @@ def run(
     settings |= {
         "samples_per_caption": count,
         "batch_size": BATCH,
+        "trained_alike": _trained_alike([pipe.config for pipe in pipes.values()]),
         "models": {
             model: {
                 "checkpoint": drawn[model][1.0].documents[0].checkpoint_hash,
@@ -115,6 +117,16 @@ def run(
         },
     }
     return Shapes(CAPTIONS, drawn, settings)
+
+
+def _trained_alike(configs: Sequence[ConfigDict]) -> bool:
+    """Whether two models of shapes saw the same pictures through the same kind of network."""
+
+    def what(config: ConfigDict) -> tuple[Any, ...]:
+        return config.data.source.to_dict(), config.model.denoiser.to_dict()
+
+    first, *others = map(what, configs)
+    return all(other == first for other in others)
 
 
 def draw_latents(pipe: generate.Pipeline, count: int, seed: int) -> list[LatentDocument]:
