@@ -372,6 +372,11 @@ def test_words_of_people_are_escaped():
 def test_marks_show_what_changed_and_where_it_is_wrong():
     assert show.marked("text", "A red dog.", "A red dog.") == ""
     assert "<del>red</del><ins>blue</ins>" in show.marked("text", "A red dog.", "A blue dog.")
+    # What is too much to compare is one change, unless it begins and ends alike.
+    assert show.marked("caption", "a . " * 100, "b . " * 100).count("<ins>") == 1
+    many = "A dog . " * 500
+    found = show.marked("caption", f"{many}red {many}".strip(), f"{many}blue {many}".strip())
+    assert "<del>red</del><ins>blue</ins>" in found
     wrong = show.marked("bbox", "", "a dog (1, 2, 1, 4)")
     assert "<mark>(</mark>" in wrong and "at character 6" in wrong
 

@@ -180,6 +180,9 @@ def test_forged_events_are_told_not_raised(handlers):
         assert "alert" in await edited(handlers, "forger", redraw=[["text"]])
         assert "alert" in (await handlers.open(someone("forger"), "/etc/passwd"))[0]
         assert "alert" in (await handlers.take_vokens(someone("forger"), 10**9))[0]
+        strings = [current(handlers, "forger").document.latents[name] for name in COMBINED]
+        marks = await handlers.marks(someone("forger"), ". " * 5_000, *strings)
+        assert "caption: must be a text of at most 2,000 characters" in marks
         event = gr.EventData(None, {"number": "0"})
         assert "alert" in (await handlers.pick(someone("forger"), event))[1]
         compared = handlers.compare(someone("forger"), PROMPT, 1, "1,2", 0)

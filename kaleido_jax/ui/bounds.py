@@ -20,7 +20,7 @@ from kaleido_jax import editing
 from kaleido_jax.batches import MAX_SEED, check_range
 from kaleido_jax.errors import UserError
 from kaleido_jax.latents import LATENTS, LatentDocument, LatentError, bbox, blob, read_png
-from kaleido_jax.prompts import clean_prompt
+from kaleido_jax.prompts import MAX_PROMPT_CHARACTERS, clean_prompt
 from kaleido_jax.samplers import SAMPLERS
 from kaleido_jax.session_folder import Change
 from kaleido_jax.settings import Settings
@@ -207,14 +207,19 @@ def check_latent(name: Any, string: Any) -> str:
     Raises:
       UserError: it does not; as LatentError it says at which character.
     """
-    latent = LATENTS.get(name) if isinstance(name, str) else None
-    if latent is None or name == "combined":
+    if not isinstance(name, str) or name not in LATENTS or name == "combined":
         raise UserError(f"there is no latent {str(name)[:40]!r}")
-    if not isinstance(string, str) or len(string) > latent.max_chars + 100:
-        raise UserError(f"{name}: must be a text of at most {latent.max_chars:,} characters")
+    check_length(name, string)
     string = string.strip()
-    latent.parse(string)
+    LATENTS[name].parse(string)
     return string
+
+
+def check_length(name: str, string: Any) -> None:
+    """Raises UserError unless this is a text short enough for a latent, or for the `caption`."""
+    most = MAX_PROMPT_CHARACTERS if name == "caption" else LATENTS[name].max_chars
+    if not isinstance(string, str) or len(string) > most + 100:
+        raise UserError(f"{name}: must be a text of at most {most:,} characters")
 
 
 def read_shapes(name: str, parts: Any) -> str:

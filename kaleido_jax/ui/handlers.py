@@ -236,9 +236,13 @@ class Handlers:
         found = []
         for name, string in zip(("caption", *self._studio.names), (caption, *strings), strict=True):
             old = document.caption if name == "caption" else document.latents.get(name)
-            if old is None or not isinstance(string, str) or len(string) > 10_000:
+            if old is None:
                 continue
-            marked = show.marked(name, old, string)
+            try:
+                bounds.check_length(name, string)
+                marked = await asyncio.to_thread(show.marked, name, old, string)
+            except UserError as error:
+                marked = show.problem(str(error))
             if marked:
                 found.append(f'<div><span class="k-name">{name}</span>{marked}</div>')
         return "".join(found)

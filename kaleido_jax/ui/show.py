@@ -25,6 +25,8 @@ from kaleido_jax.ui.worker import CANCELLED, RUNNING, WAITING, View
 escape = html.escape
 GROUNDED = {"bbox": "boxes", "blob": "ellipses"}
 _AROUND = 30  # characters shown on either side of a mistake
+# Tokens before times tokens after; finding what is alike in them takes up to the cube of either.
+_MAX_COMPARED = 100_000
 
 
 def data_url(image: UInt8[np.ndarray, "height width 3"]) -> str:
@@ -232,7 +234,7 @@ def marked(name: str, old: str, new: str) -> str:
         return ""
     before, after = re.findall(r"\s+|\w+|[^\w\s]", old), re.findall(r"\s+|\w+|[^\w\s]", new)
     found = []
-    for kind, a, b, c, d in difflib.SequenceMatcher(None, before, after, False).get_opcodes():
+    for kind, a, b, c, d in _opcodes(before, after):
         if kind == "equal":
             found.append(escape("".join(after[c:d])))
             continue
@@ -241,6 +243,22 @@ def marked(name: str, old: str, new: str) -> str:
         if d > c:
             found.append(f"<ins>{escape(''.join(after[c:d]))}</ins>")
     return f'<p class="k-marked"><span class="k-name">changed: </span>{"".join(found)}</p>'
+
+
+def _opcodes(before: list[str], after: list[str]) -> list[tuple[str, int, int, int, int]]:
+    """What to do to `before` to get `after`, as difflib has it; too much is one replacement."""
+    most = min(len(before), len(after))
+    head = next((i for i in range(most) if before[i] != after[i]), most)
+    most -= head
+    tail = next((i for i in range(most) if before[-1 - i] != after[-1 - i]), most)
+    b, d = len(before) - tail, len(after) - tail
+    middle = [("replace", head, b, head, d)]
+    if (b - head) * (d - head) <= _MAX_COMPARED:
+        matcher = difflib.SequenceMatcher(None, before[head:b], after[head:d], False)
+        middle = [
+            (kind, *(head + place for place in places)) for kind, *places in matcher.get_opcodes()
+        ]
+    return [("equal", 0, head, 0, head), *middle, ("equal", b, len(before), d, len(after))]
 
 
 def _mistake(string: str, error: LatentError) -> str:
