@@ -16,6 +16,7 @@ An entry says how its picture was made; all before it may be its parents:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -30,7 +31,7 @@ from kaleido_jax import checkpoint
 from kaleido_jax.batches import MAX_SEED, check_range
 from kaleido_jax.bundle import new_folder
 from kaleido_jax.errors import UserError
-from kaleido_jax.latents import LatentDocument, read_png, save_png
+from kaleido_jax.latents import LatentDocument, png_bytes, read_png, save_png
 
 if TYPE_CHECKING:
     from kaleido_jax.generate import Pipeline
@@ -95,6 +96,11 @@ class Picture:
         if self.change is not None:
             return EDITED
         return DRAWN if self.together else OPENED
+
+    @functools.cached_property
+    def png(self) -> bytes:
+        """The file itself: the picture with its document inside."""
+        return png_bytes(self.image, self.document)
 
     @property
     def name(self) -> str:

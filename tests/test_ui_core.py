@@ -17,7 +17,7 @@ import pytest
 from kaleido_jax import cli, mesh, session_folder
 from kaleido_jax.errors import UserError
 from kaleido_jax.generate import Pipeline
-from kaleido_jax.latents import LatentDocument, read_png
+from kaleido_jax.latents import LatentDocument, png_bytes, read_png
 from kaleido_jax.session_folder import Change, Picture
 from kaleido_jax.ui import show, studio, worker
 from kaleido_jax.ui.bounds import Request
@@ -284,7 +284,7 @@ def session(pipe):
 
 
 def test_a_session_replays_to_the_same_bytes(session, run, tmp_path, capsys):
-    folder = session_folder.write_session(session.copy(), tmp_path / "session")
+    folder = session_folder.write_session(session.pictures, tmp_path / "session")
     read = session_folder.read_session(folder)
     assert [p.entry() for p in read] == [p.entry() for p in session.pictures]
     assert [p.made for p in read] == ["drawn"] * 2 + ["edited"] * 3 + ["opened"]
@@ -310,7 +310,7 @@ def test_the_archive_holds_the_folder(session, tmp_path):
     pytest.importorskip("gradio", reason="needs the extra 'ui'")
     from kaleido_jax.ui.handlers import archive
 
-    with zipfile.ZipFile(BytesIO(archive(session.copy()))) as packed:
+    with zipfile.ZipFile(BytesIO(archive(session.pictures))) as packed:
         packed.extractall(tmp_path)
     read = session_folder.read_session(tmp_path / "kaleido-session")
     assert [p.entry() for p in read] == [p.entry() for p in session.pictures]
@@ -334,7 +334,7 @@ def test_the_archive_holds_the_folder(session, tmp_path):
     ],
 )
 def test_sessions_that_are_not_right_are_refused(session, tmp_path, change, words):
-    folder = session_folder.write_session(session.copy(), tmp_path / "session")
+    folder = session_folder.write_session(session.pictures, tmp_path / "session")
     path = folder / session_folder.FILE
     data = json.loads(path.read_text())
     change(data)
@@ -344,6 +344,27 @@ def test_sessions_that_are_not_right_are_refused(session, tmp_path, change, word
 
 
 # ---- what is shown ---------------------------------------------------------------------------
+
+
+def test_a_picture_is_encoded_once_and_shown_small_in_the_history(monkeypatch):
+    encoded = []
+    monkeypatch.setattr(
+        session_folder, "png_bytes", lambda *args: encoded.append(args) or png_bytes(*args)
+    )
+    image = np.random.default_rng(0).integers(0, 256, (256, 256, 3), np.uint8)
+    session = Session("a")
+    made = session.add_drawn(np.stack([image] * 4), [DOCUMENT] * 4, 4)
+    session.add_edited(0, Change((("set", "caption=a cat"),)), image, DOCUMENT)
+    found = []
+    for _ in range(3):
+        show.cards(made)
+        show.slider(made[0], session.now())
+        found.append(show.strip(session.copy()))
+    assert len(encoded) == 5 and len(set(found)) == 1
+    assert found[0].count("download=") == 1 and found[0].count("<img") == 5
+    assert len(found[0]) < len(show.download(session.now())) + 5 * 30_000
+    session.clear()
+    assert not session.thumbnails
 
 
 def test_words_of_people_are_escaped():

@@ -65,7 +65,7 @@ def current(handlers, name):
 async def edited(handlers, name, redraw=(), noise=None, **strings):
     """Edits as from the page: the boxes hold the current strings where nothing else is said."""
     document = current(handlers, name).document
-    editor = handlers.view(handlers._session(someone(name)))[0]["value"]
+    editor = (await handlers.load(someone(name)))[0]["value"]
     caption = strings.get("caption", document.caption)
     boxes = [strings.get(latent, document.latents[latent]) for latent in COMBINED]
     editor = strings.get("editor", editor)
@@ -93,7 +93,7 @@ def test_people_do_not_see_each_other(handlers):
     for name, caption in captions.items():
         pictures = handlers._session(someone(name)).pictures
         assert [picture.document.caption for picture in pictures] == [caption]
-        strip = handlers.view(handlers._session(someone(name)))[-1]
+        strip = asyncio.run(handlers.load(someone(name)))[-1]
         assert caption in strip and strip.count("<li") == 1
     with pytest.raises(UserError, match="no session"):
         handlers._session(gr.Request())
@@ -108,7 +108,7 @@ def test_a_way_through_the_page(handlers, tmp_path):
 
         # Dragged: the editor is newer than the text box, unless that was typed in since.
         document = current(handlers, "way").document
-        state = json.loads(handlers.view(handlers._session(someone("way")))[0]["value"])
+        state = json.loads((await handlers.load(someone("way")))[0]["value"])
         box = state["latents"]["bbox"]["parts"][0]["boxes"][0]
         box[:] = [1, 2, 300, 400]
         state["rev"] = 1

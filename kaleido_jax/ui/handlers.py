@@ -48,8 +48,11 @@ class Handlers:
 
     # ---- what is shown ----------------------------------------------------------------------
 
-    def view(self, session: Session) -> list[Any]:
+    async def view(self, session: Session) -> list[Any]:
         """Updates of all components that show the current picture."""
+        return await asyncio.to_thread(self._view, session.copy())
+
+    def _view(self, session: Session) -> list[Any]:
         names = self._studio.names
         if session.current is None:
             blank = gr.update(value="", interactive=False)
@@ -68,7 +71,7 @@ class Handlers:
         return [
             gr.update(
                 value=show.editor_value(picture, next(self._loads)),
-                image=show.data_url(picture.image),
+                image=show.picture_url(picture),
                 palette=show.palette(),  # an update replaces all of the properties
             ),
             gr.update(value=picture.document.caption, interactive=True),
@@ -89,7 +92,7 @@ class Handlers:
 
     async def load(self, request: gr.Request) -> list[Any]:
         """What a fresh page shows."""
-        return self.view(self._session(request))
+        return await self.view(self._session(request))
 
     # ---- drawing ----------------------------------------------------------------------------
 
@@ -124,7 +127,7 @@ class Handlers:
             output = ticket.result()
             made = session.add_drawn(output.images, output.documents, wanted.batch_size)
             cards = await asyncio.to_thread(show.cards, made)
-            yield [show.note("Done."), cards, *self.view(session)]
+            yield [show.note("Done."), cards, *await self.view(session)]
         except Stopped:
             yield [show.note("Cancelled."), "", *unchanged]
         except UserError as error:
@@ -178,7 +181,7 @@ class Handlers:
                 yield [state, preview, *unchanged]
             image, document = ticket.result()
             session.add_edited(parent.number, change, image, document)
-            yield [show.note("Done. Undo goes back."), "", *self.view(session)]
+            yield [show.note("Done. Undo goes back."), "", *await self.view(session)]
         except Stopped:
             yield [show.note("Cancelled."), "", *unchanged]
         except UserError as error:
@@ -267,17 +270,17 @@ class Handlers:
 
     async def undo(self, request: gr.Request) -> list[Any]:
         """Back to the parent: [status, *view]."""
-        return self._step(request, Session.undo)
+        return await self._step(request, Session.undo)
 
     async def redo(self, request: gr.Request) -> list[Any]:
         """Forth again: [status, *view]."""
-        return self._step(request, Session.redo)
+        return await self._step(request, Session.redo)
 
-    def _step(self, request: gr.Request, way: Any) -> list[Any]:
+    async def _step(self, request: gr.Request, way: Any) -> list[Any]:
         try:
             session = self._session(request)
             picture = way(session)
-            return [show.note(f"Picture {picture.number}."), *self.view(session)]
+            return [show.note(f"Picture {picture.number}."), *await self.view(session)]
         except UserError as error:
             return [show.problem(str(error)), *self._unchanged()]
 
@@ -289,7 +292,7 @@ class Handlers:
             return [
                 gr.Tabs(selected="edit"),
                 show.note(f"Picture {picture.number}."),
-                *self.view(session),
+                *await self.view(session),
             ]
         except UserError as error:
             return [gr.skip(), show.problem(str(error)), *self._unchanged()]
@@ -304,7 +307,7 @@ class Handlers:
             )
             picture = session.add_opened(image, document)
             words = f"Opened as picture {picture.number}; Edit goes on from it."
-            return [show.note(words), *self.view(session)]
+            return [show.note(words), *await self.view(session)]
         except UserError as error:
             return [show.problem(str(error)), *self._unchanged()]
 
@@ -312,12 +315,12 @@ class Handlers:
         """Forgets all pictures of the session: [status, cards, *view]."""
         session = self._session(request)
         session.clear()
-        return [show.note("Your history is empty."), "", *self.view(session)]
+        return [show.note("Your history is empty."), "", *await self.view(session)]
 
     async def pack(self, request: gr.Request) -> list[Any]:
         """A link to the whole session as an archive: [status, link]."""
         try:
-            pictures = self._session(request).copy()
+            pictures = self._session(request).copy().pictures
             data = await asyncio.to_thread(archive, pictures)
             return [show.note("Packed."), show.archive_link(data, len(pictures))]
         except UserError as error:

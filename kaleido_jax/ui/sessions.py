@@ -6,7 +6,7 @@ not used for longest make room for new ones.
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import threading
 import time
 from collections import OrderedDict
@@ -32,12 +32,14 @@ class Session:
       key: whose it is.
       pictures: all of them; picture i has the number i.
       current: number of the picture that is being edited; None at first.
+      thumbnails: of pictures, by their numbers, once they were shown.
     """
 
     def __init__(self, key: str, seen: float = 0.0):
         self.key, self.seen = key, seen
         self.pictures: list[Picture] = []
         self.current: int | None = None
+        self.thumbnails: dict[int, str] = {}
         self._undone: list[int] = []
 
     def check_room(self, count: int, shape: Sequence[int]) -> None:
@@ -137,12 +139,14 @@ class Session:
 
     def clear(self) -> None:
         """Forgets all pictures."""
-        self.pictures, self.current = [], None
+        self.pictures, self.current, self.thumbnails = [], None, {}
         self._undone.clear()
 
-    def copy(self) -> list[Picture]:
-        """The pictures as they are now, for a thread that writes them."""
-        return [dataclasses.replace(picture) for picture in self.pictures]
+    def copy(self) -> Session:
+        """The session as it is now, for a thread that shows or writes it."""
+        made = copy.copy(self)
+        made.pictures, made._undone = list(self.pictures), list(self._undone)
+        return made
 
 
 class Sessions:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from kaleido_jax.latents import LatentError, latent_type, panel, png_bytes
+from kaleido_jax.latents import LatentError, latent_type, panel
 from kaleido_jax.latents.drawing import PALETTE
 from kaleido_jax.session_folder import EDITED, OPENED, Picture
 from kaleido_jax.ui.sessions import Session
@@ -25,15 +25,14 @@ from kaleido_jax.ui.worker import CANCELLED, RUNNING, WAITING, View
 escape = html.escape
 GROUNDED = {"bbox": "boxes", "blob": "ellipses"}
 _AROUND = 30  # characters shown on either side of a mistake
+_THUMBNAIL = 72  # pixels of a side, as page.css has it
 # Tokens before times tokens after; finding what is alike in them takes up to the cube of either.
 _MAX_COMPARED = 100_000
 
 
-def data_url(image: UInt8[np.ndarray, "height width 3"]) -> str:
-    """The picture as a PNG inside an address, without its document."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, format="PNG")
-    return _url(file.getvalue(), "image/png")
+def picture_url(picture: Picture) -> str:
+    """The picture with its document as a PNG inside an address; it is encoded once."""
+    return _url(picture.png, "image/png")
 
 
 def _url(data: bytes, kind: str) -> str:
@@ -42,14 +41,19 @@ def _url(data: bytes, kind: str) -> str:
 
 def image_tag(image: UInt8[np.ndarray, "height width 3"], words: str) -> str:
     """An <img> with its alternative text."""
-    return f'<img class="k-picture" alt="{escape(words)}" src="{data_url(image)}">'
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="PNG")
+    return _tag(_url(file.getvalue(), "image/png"), words)
+
+
+def _tag(address: str, words: str) -> str:
+    return f'<img class="k-picture" alt="{escape(words)}" src="{address}">'
 
 
 def download(picture: Picture) -> str:
     """A link that saves the PNG with its document inside."""
-    address = _url(png_bytes(picture.image, picture.document), "image/png")
     name = f"kaleido-{picture.number:03d}.png"
-    return f'<a class="k-link" download="{name}" href="{address}">Save PNG</a>'
+    return f'<a class="k-link" download="{name}" href="{picture_url(picture)}">Save PNG</a>'
 
 
 def archive_link(data: bytes, count: int) -> str:
@@ -75,18 +79,18 @@ def cards(pictures: Sequence[Picture]) -> str:
         words = f"Picture {picture.number}: {picture.document.caption}"
         drawn = panel(picture.image, picture.document.latents)
         found.append(
-            f'<li class="k-card">{image_tag(picture.image, words)}'
+            f'<li class="k-card">{_tag(picture_url(picture), words)}'
             f"{image_tag(drawn, f'Latents of picture {picture.number}, drawn; text below')}"
-            f"{latents_text(picture)}{_actions(picture)}</li>"
+            f"{latents_text(picture)}{_actions(picture, download(picture))}</li>"
         )
     return f'<ul class="k-cards">{"".join(found)}</ul>'
 
 
-def _actions(picture: Picture) -> str:
+def _actions(picture: Picture, link: str) -> str:
     number = picture.number
     return (
         f'<p class="k-actions"><button type="button" data-pick="{number}" '
-        f'aria-label="Edit picture {number}">Edit</button>{download(picture)}</p>'
+        f'aria-label="Edit picture {number}">Edit</button>{link}</p>'
     )
 
 
@@ -100,7 +104,11 @@ def previews(images: UInt8[np.ndarray, "n height width 3"]) -> str:
 
 
 def strip(session: Session) -> str:
-    """All pictures of a session, the branches indented, the current one marked."""
+    """All pictures of a session, small, the branches indented.
+
+    The current one is marked and can be saved. What is shown of all is some 10 KB a picture: it is
+    sent anew at every step.
+    """
     if not session.pictures:
         return '<p class="k-note">Nothing yet. Draw a picture, or open one of ours below.</p>'
     children: dict[int | None, list[Picture]] = {}
@@ -116,14 +124,26 @@ def strip(session: Session) -> str:
 
 def _row(session: Session, picture: Picture) -> str:
     number = picture.number
-    current = ' aria-current="true"' if number == session.current else ""
+    current, link = "", ""
+    if number == session.current:
+        current, link = ' aria-current="true"', download(picture)
+    if number not in session.thumbnails:
+        session.thumbnails[number] = _thumbnail(picture.image)
     depth = min(session.depth(number), 8)
     return (
         f'<li class="k-step" style="--depth:{depth}"{current}>'
-        f"{image_tag(picture.image, f'Picture {number}')}"
-        f'<div><p class="k-what"><b>{number}</b> {escape(what(picture))}</p>{_actions(picture)}'
-        "</div></li>"
+        f"{_tag(session.thumbnails[number], f'Picture {number}')}"
+        f'<div><p class="k-what"><b>{number}</b> {escape(what(picture))}</p>'
+        f"{_actions(picture, link)}</div></li>"
     )
+
+
+def _thumbnail(image: UInt8[np.ndarray, "height width 3"]) -> str:
+    file = io.BytesIO()
+    small = Image.fromarray(image)
+    small.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    small.save(file, format="PNG")
+    return _url(file.getvalue(), "image/png")
 
 
 def what(picture: Picture) -> str:
@@ -177,11 +197,11 @@ def slider(before: Picture | None, after: Picture | None) -> str:
     if after is None:
         return ""
     if before is None:
-        return f'<div class="k-slider">{image_tag(after.image, "The picture as it is")}</div>'
+        return f'<div class="k-slider">{_tag(picture_url(after), "The picture as it is")}</div>'
     return (
         '<div class="k-slider" style="--at:50%">'
-        f"{image_tag(before.image, f'Before: picture {before.number}')}"
-        f'<div class="k-over">{image_tag(after.image, f"After: picture {after.number}")}</div>'
+        f"{_tag(picture_url(before), f'Before: picture {before.number}')}"
+        f'<div class="k-over">{_tag(picture_url(after), f"After: picture {after.number}")}</div>'
         '<input type="range" min="0" max="100" value="50" '
         f'aria-label="Before and after: left of the line picture {before.number}, right of it '
         f'picture {after.number}"></div>'
