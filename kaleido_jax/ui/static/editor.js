@@ -119,7 +119,7 @@ function draw() {
   svg.replaceChildren();
   make('image', {href: props.image || '', width: 1000, height: 1000, class: 'k-under'}, svg);
   const found = all();
-  let front = null;
+  let picked = null;
   for (const shape of found) {
     const chosen = same(shape, selected);
     const group = make('g', {
@@ -127,27 +127,41 @@ function draw() {
       class: chosen ? 'k-shape k-chosen' : 'k-shape', style: 'color:' + colour(shape.part),
     }, svg);
     group.shape = shape;
-    outline(shape, group, 'k-casing');
-    outline(shape, group, 'k-line');
-    const [x, y] = shape.name === 'bbox' ? shape.numbers : [shape.numbers[0], shape.numbers[1]];
-    const label = make('text', {x: Math.min(x + 8, 700), y: Math.max(y + 34, 34)}, group);
-    label.textContent = shape.phrase.length > 24 ? shape.phrase.slice(0, 22) + '…' : shape.phrase;
-    if (chosen) front = group;
+    sketch(shape, group);
+    if (chosen) picked = group;
   }
-  if (front) {
-    svg.appendChild(front);
+  if (picked) {
+    // Drawn once more above the others; the group itself keeps its place in the order of Tab.
+    const front = make('g', {
+      class: 'k-front', 'aria-hidden': true, style: 'color:' + colour(picked.shape.part),
+    }, svg);
+    front.shape = picked.shape;
+    sketch(front.shape, front);
     for (const [handle, x, y] of handles(front.shape)) {
       const knob = make('circle', {cx: x, cy: y, r: 18, class: 'k-knob k-' + handle}, front);
       knob.handle = handle;
       make('circle', {cx: x, cy: y, r: 42, class: 'k-reach'}, front).handle = handle;
     }
-    if (focused) front.focus({preventScroll: true});
+    if (focused) focusChosen();
   }
   rows(found);
   for (const button of bar.querySelectorAll('[data-add]')) {
     button.hidden = !(button.dataset.add in state.latents);
   }
   element.querySelector('.k-editor').hidden = !Object.keys(state.latents).length;
+}
+
+function focusChosen() {
+  const group = svg.querySelector('.k-chosen');
+  if (group) group.focus({preventScroll: true});
+}
+
+function sketch(shape, group) {
+  outline(shape, group, 'k-casing');
+  outline(shape, group, 'k-line');
+  const [x, y] = shape.numbers;
+  const label = make('text', {x: Math.min(x + 8, 700), y: Math.max(y + 34, 34)}, group);
+  label.textContent = shape.phrase.length > 24 ? shape.phrase.slice(0, 22) + '…' : shape.phrase;
 }
 
 function outline(shape, parent, kind) {
@@ -275,8 +289,7 @@ svg.addEventListener('pointerdown', (event) => {
   drag = {shape: group.shape, from: point(event), numbers: group.shape.numbers.slice(), handle, far: false};
   svg.setPointerCapture(event.pointerId);
   draw();
-  const front = [...svg.querySelectorAll('g')].find((other) => same(other.shape, selected));
-  if (front) front.focus({preventScroll: true});
+  focusChosen();
   event.preventDefault();
 });
 
