@@ -259,6 +259,8 @@ function add(name) {
 }
 
 function remove(shape) {
+  const place = all().findIndex((other) => same(other, shape));
+  const inTable = table.contains(document.activeElement);
   const parts = state.latents[shape.name].parts;
   if (all().filter((other) => other.name === shape.name).length === 1) {
     say('the only ' + NOUN[shape.name] + ' cannot be deleted');
@@ -266,8 +268,12 @@ function remove(shape) {
   }
   parts[shape.part][LIST[shape.name]].splice(shape.place, 1);
   if (!parts[shape.part][LIST[shape.name]].length) parts.splice(shape.part, 1);
-  choose(null);
+  // The keyboard goes on from the shape that stands there now, in the table or in the picture.
+  const left = all();
+  choose(left[Math.min(place, left.length - 1)]);
   draw();
+  if (inTable) table.querySelector('.k-chosen button').focus();
+  else focusChosen();
   say('deleted');
   commit();
 }
