@@ -379,9 +379,10 @@ table.addEventListener('change', (event) => {
     });
     put(shape, numbers);
   }
-  document.activeElement.blur();
   choose(shape);
   draw();
+  // Drawing leaves the field in use as it is; here it must show what was made of it.
+  event.target.value = [line.shape.phrase, ...line.shape.numbers][inputs.indexOf(event.target)];
   commit();
 });
 
