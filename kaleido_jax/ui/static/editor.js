@@ -399,10 +399,16 @@ function load() {
   } catch (error) {
     return;
   }
-  if (!next.latents || drag || timer) return;
-  // An answer to an older state of the same picture must not undo what was dragged since.
-  if (next.load === state.load && next.rev < state.rev) return;
-  if (next.load !== state.load) choose(null);
+  if (!next.latents) return;
+  if (next.load !== state.load) {
+    // Another picture: what is being dragged is not on it.
+    drag = null;
+    clearTimeout(timer);
+    timer = null;
+    choose(null);
+  } else if (drag || timer || next.rev < state.rev) {
+    return;  // an answer to an older state must not undo what was dragged since
+  }
   state = next;
   draw();
 }
