@@ -317,6 +317,8 @@ function drop() {
   if (far) {
     say(describe(shape));
     commit();
+  } else {
+    load();
   }
 }
 svg.addEventListener('pointerup', drop);
