@@ -180,6 +180,14 @@ class Page:
                         [self._edit_status, voken],
                         api_visibility="private",
                     )
+                    voken.change(
+                        show.vokens,
+                        voken,
+                        self._vokens,
+                        trigger_mode="always_last",
+                        api_visibility="private",
+                        show_progress="hidden",
+                    )
         self._edited = (again, cancel, undo, redo, other, noise)
 
     def _history_tab(self) -> None:
