@@ -1,4 +1,5 @@
-"""The page in headless Chromium: draw, drag a box, draw again, undo, save, open; how it looks.
+"""The page in headless Chromium: draw, drag a box, draw again, undo, save, open; the editor by
+keyboard; how it looks.
 
 KALEIDO_SCREENSHOTS=docs writes the screenshots of the documents anew.
 """
@@ -24,13 +25,17 @@ pytest.importorskip("gradio", reason="needs the extra 'ui'")
 pytest.importorskip("selenium", reason="needs selenium (extra 'test')")
 
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from kaleido_jax.latents import bbox, load_document, read_png
+from kaleido_jax.latents import LatentDocument, bbox, load_document, png_bytes, read_png
+from kaleido_jax.ui.studio import Engine, Studio
+from tests.test_constrained import pipeline
+from tests.test_ui_server import Running
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
@@ -107,10 +112,12 @@ class Visitor:
             found = [e for e in driver.find_elements(By.CSS_SELECTOR, css) if e.is_displayed()]
             return found if len(found) >= count else None
 
-        return WebDriverWait(self.driver, WAIT).until(there, f"{css} x {count}")
+        return self.until(lambda: there(self.driver), f"{css} x {count}")
 
     def until(self, condition, words):
-        return WebDriverWait(self.driver, WAIT).until(lambda _: condition(), words)
+        # What is drawn anew while it is looked at is looked at again.
+        wait = WebDriverWait(self.driver, WAIT, ignored_exceptions=[StaleElementReferenceException])
+        return wait.until(lambda _: condition(), words)
 
     def click(self, css):
         (button, *_) = self.wait(css)
@@ -132,6 +139,46 @@ class Visitor:
         (box, *_) = self.wait(css)
         box.send_keys(Keys.CONTROL, "a")
         box.send_keys(words)
+
+    def press(self, *keys, held=None):
+        """Keys of a keyboard, at whatever has the focus; `held` is one held down meanwhile."""
+        hand = ActionChains(self.driver)
+        if held is not None:
+            hand.key_down(held).send_keys(*keys).key_up(held).perform()
+        else:
+            hand.send_keys(*keys).perform()
+
+    def focused(self):
+        """The name of what the keyboard is at."""
+        return self.driver.execute_script(
+            "const at = document.activeElement; return at.ariaLabel || at.textContent.trim()"
+        )
+
+    def tab_to(self, start, limit=80):
+        """Presses Tab until it is at what has a name that starts so."""
+        for _ in range(limit):
+            self.press(Keys.TAB)
+            if self.focused().startswith(start):
+                return
+        raise AssertionError(f"{limit} times Tab, and not at {start}")
+
+    def shapes(self):
+        """The names of all shapes, in order."""
+        return self.driver.execute_script(
+            "return [...document.querySelectorAll('#k-editor g.k-shape')].map((g) => g.ariaLabel)"
+        )
+
+    def go_on_from(self, path):
+        """Opens one of our PNGs and goes to the editor."""
+        self.tab("History")
+        fields = "#k-upload input[type=file]"
+        if not self.driver.find_elements(By.CSS_SELECTOR, fields):
+            self.click("#k-upload button[aria-label=Clear]")
+        find = lambda: self.driver.find_elements(By.CSS_SELECTOR, fields)  # noqa: E731
+        self.until(find, "room for a file")[0].send_keys(str(path))
+        document = load_document(path)
+        self.tab("Edit")
+        self.until(lambda: self.boxes() == document.latents["bbox"], "its boxes")
 
     def boxes(self):
         return self.wait("#k-bbox textarea")[0].get_attribute("value")
@@ -221,12 +268,8 @@ def test_a_box_is_dragged_and_the_object_follows(visitor, downloads):
     visitor.click("#k-undo")
     visitor.until(lambda: visitor.boxes() == before, "undone")
 
-    visitor.tab("History")
-    upload = visitor.driver.find_element(By.CSS_SELECTOR, "#k-upload input[type=file]")
-    upload.send_keys(str(path))
-    visitor.until(lambda: "Opened as picture 9" in visitor.driver.page_source, "the file is opened")
-    visitor.tab("Edit")
-    visitor.until(lambda: visitor.boxes() == document.latents["bbox"], "its boxes")
+    visitor.go_on_from(path)
+    assert "Opened as picture 9" in visitor.driver.page_source
     visitor.tab("History")
     visitor.click("#k-pack button, button#k-pack")
     archive = downloads / "kaleido-session.zip"
@@ -281,6 +324,120 @@ def test_the_keyboard_is_enough(visitor):
     assert mistake.text == "("
     visitor.click("#k-again")
     visitor.until(lambda: "must be less than" in visitor.driver.page_source, "refused")
+
+
+# ---- the editor, on pictures that are opened ---------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def opened(driver, tmp_path_factory):
+    """A page on a tiny model that nobody asks to draw, and files to open there."""
+    names = ("bbox", "blob", "voken")
+    studio = Studio([Engine(pipeline(names))], warm=False)
+    folder = tmp_path_factory.mktemp("opened")
+    image = np.full((studio.size,) * 2 + (3,), 90, np.uint8)
+    strings = {
+        "bbox": "a red disc (50, 50, 250, 250) (700, 50, 900, 250) a bar (300, 700, 600, 900)",
+        "blob": "a red disc (150, 450, 120, 60, 30)",
+        "voken": "".join(f"#{i}" for i in range(32)),
+    }
+    found = []
+    for i, box in enumerate((strings["bbox"], "a cat (400, 100, 600, 400) a dog (1, 2, 300, 400)")):
+        document = LatentDocument("two things", {**strings, "bbox": box}, steps=3)
+        found.append(folder / f"{i}.png")
+        found[-1].write_bytes(png_bytes(image, document))
+    with Running(studio, folder / "uploads") as running:
+        yield Visitor(driver, running.address), found
+        driver.get("about:blank")  # an open page holds a stream
+    studio.pool.close()
+
+
+def test_tab_visits_every_shape_and_leaves(opened):
+    visitor, (path, _) = opened
+    visitor.open()
+    visitor.go_on_from(path)
+    shapes = visitor.shapes()
+    assert len(shapes) == 4 and shapes[3].startswith("ellipse")
+    visitor.tab_to(shapes[0])
+    for shape in (*shapes[1:], "name of box 1"):
+        visitor.press(Keys.TAB)
+        assert visitor.focused() == shape
+    for shape in reversed(shapes):
+        visitor.press(Keys.TAB, held=Keys.SHIFT)
+        assert visitor.focused() == shape
+    visitor.press(Keys.TAB, held=Keys.SHIFT)
+    assert visitor.focused() == "Add an ellipse"
+
+
+def test_the_keyboard_stays_where_it_was(opened):
+    visitor, (path, _) = opened
+    visitor.open()
+    visitor.go_on_from(path)
+    # At the next shape, where one was deleted; in the table at its button.
+    shapes = visitor.shapes()
+    visitor.tab_to(shapes[0])
+    visitor.press(Keys.DELETE)
+    visitor.until(lambda: len(visitor.shapes()) == 3, "deleted")
+    assert visitor.focused() == shapes[1]
+    visitor.tab_to("delete box 2")
+    visitor.press(Keys.ENTER)
+    visitor.until(lambda: len(visitor.shapes()) == 2, "deleted")
+    assert visitor.focused() == "delete ellipse 1"
+    visitor.until(lambda: visitor.boxes() == "a red disc (700, 50, 900, 250)", "the string follows")
+    # In a number field, at each press of an arrow.
+    visitor.click("#k-editor tbody input[type=number]")
+    for number in (701, 702, 703):
+        visitor.press(Keys.ARROW_UP)
+        box = f"a red disc ({number}, 50, 900, 250)"
+        visitor.until(lambda box=box: visitor.boxes() == box, "the string follows")
+        assert visitor.focused() == "x1 of box 1"
+    # What may not be is put right in the field itself.
+    visitor.press("a", held=Keys.CONTROL)
+    visitor.press("5000", Keys.ENTER)
+    visitor.until(lambda: "(900, 50, 1000, 250)" in visitor.boxes(), "corrected")
+    assert visitor.driver.switch_to.active_element.get_attribute("value") == "900"
+
+
+def test_another_picture_may_come_during_a_drag(opened):
+    visitor, (first, second) = opened
+    visitor.open()
+    visitor.go_on_from(first)
+    visitor.go_on_from(second)
+    (shape, *_) = visitor.wait("#k-editor g.k-shape")
+    hand = ActionChains(visitor.driver)
+    hand.move_to_element(shape).click_and_hold().move_by_offset(20, 20).perform()
+    # As when a picture that was being drawn is there.
+    visitor.driver.execute_script("document.querySelector('#k-strip [data-pick]').click()")
+    boxes = load_document(first).latents["bbox"]
+    visitor.until(lambda: visitor.boxes() == boxes, "the other picture")
+    hand = ActionChains(visitor.driver)
+    hand.move_by_offset(20, 20).release().perform()
+    assert visitor.shapes()[0] == "box a red disc: x1 50, y1 50, x2 250, y2 250"
+    visitor.tab_to("box a red disc")
+    visitor.press(Keys.ARROW_DOWN)
+    moved = boxes.replace("(50, 50, 250, 250)", "(50, 60, 250, 260)")
+    visitor.until(lambda: visitor.boxes() == moved, "only what was done to this one")
+
+
+def test_the_grid_of_vokens_follows(opened):
+    visitor, (path, _) = opened
+    visitor.open()
+    visitor.go_on_from(path)
+
+    def grid():
+        return picture_of(visitor.wait("#k-vokens img")[0])
+
+    before = grid()
+    (box, *_) = visitor.wait("#k-voken textarea")
+    box.send_keys(Keys.CONTROL, Keys.HOME, Keys.NULL, Keys.ARROW_RIGHT, Keys.DELETE, "63")
+
+    visitor.until(lambda: (grid() != before).any(), "another colour")
+    changed = (grid() != before).any(-1)
+    tall, wide = np.array(changed.shape) // (4, 8)
+    assert changed[:tall, :wide].any() and not changed[tall:].any() and not changed[:, wide:].any()
+
+
+# ---- the whole page ----------------------------------------------------------------------------
 
 
 def test_everything_has_a_name_and_fits(visitor):

@@ -324,7 +324,8 @@ function drop() {
 svg.addEventListener('pointerup', drop);
 svg.addEventListener('pointercancel', drop);
 
-svg.addEventListener('focusin', (event) => {
+// Chromium makes an <svg> that listens to focus itself a stop of Tab.
+element.addEventListener('focusin', (event) => {
   const group = event.target.closest('g');
   if (group && group.shape && !same(group.shape, selected)) {
     choose(group.shape);
