@@ -6,34 +6,30 @@ KALEIDO_SCREENSHOTS=docs writes the screenshots of the documents anew.
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import json
-import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
 import time
-from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image
 
 pytest.importorskip("gradio", reason="needs the extra 'ui'")
 pytest.importorskip("selenium", reason="needs selenium (extra 'test')")
 
 from selenium import webdriver
-from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
 
 from kaleido_jax.latents import LatentDocument, bbox, load_document, png_bytes, read_png
 from kaleido_jax.ui.studio import Engine, Studio
+from tests.browser import WAIT, Visitor, picture_of
 from tests.test_constrained import pipeline
 from tests.test_ui_server import Running
 
@@ -46,17 +42,15 @@ pytestmark = [
         reason="needs chromium and chromedriver (Debian's chromium-driver)",
     ),
 ]
-WAIT = 300
 # Of eight pictures of this caption the one whose box is dragged across.
 CAPTION, PICTURE = "night: a green shape", 6
-SCREENSHOTS = os.environ.get("KALEIDO_SCREENSHOTS")
 ROLES = {"button", "textbox", "spinbutton", "slider", "checkbox", "combobox", "tab", "link"}
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """`kaleido serve` as it is started by hand."""
-    log = tmp_path_factory.mktemp("serve") / "log"
+@contextlib.contextmanager
+def served(folder):
+    """The address of `kaleido serve` as it is started by hand."""
+    log = folder / "log"
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "kaleido_jax.cli", "serve", "--port", "0"],
@@ -65,9 +59,11 @@ def address(tmp_path_factory):
     until = time.monotonic() + WAIT
     while not (found := re.search(r"http://[\d.:]+/", log.read_text())):
         assert process.poll() is None and time.monotonic() < until, log.read_text()
-        time.sleep(0.2)
-    yield found[0]
-    process.terminate()
+        time.sleep(0.05)
+    try:
+        yield found[0]
+    finally:
+        process.terminate()
     assert process.wait(30) in (0, -15), log.read_text()
     assert "Traceback" not in log.read_text()
 
@@ -93,121 +89,11 @@ def driver(downloads):
     found.quit()
 
 
-class Visitor:
-    """A person at the page."""
-
-    def __init__(self, driver, address):
-        self.driver, self.address = driver, address
-
-    def open(self, width=1280, height=1000, dark=False):
-        size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        self.driver.get(self.address + ("?__theme=dark" if dark else ""))
-        self.wait("#k-draw")
-
-    def wait(self, css, count=1):
-        """The elements that can be seen, once there are `count`."""
-
-        def there(driver):
-            found = [e for e in driver.find_elements(By.CSS_SELECTOR, css) if e.is_displayed()]
-            return found if len(found) >= count else None
-
-        return self.until(lambda: there(self.driver), f"{css} x {count}")
-
-    def until(self, condition, words):
-        # What is drawn anew while it is looked at is looked at again.
-        wait = WebDriverWait(self.driver, WAIT, ignored_exceptions=[StaleElementReferenceException])
-        return wait.until(lambda _: condition(), words)
-
-    def click(self, css):
-        (button, *_) = self.wait(css)
-        self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
-        button.click()
-
-    def tab(self, name):
-        """Chooses a tab; at narrow widths it is in the menu of those that have no room."""
-
-        def find():
-            found = self.driver.find_elements(By.XPATH, f"//button[contains(., '{name}')]")
-            return [e for e in found if e.is_displayed() and e.text.strip() == name]
-
-        if not find():
-            self.click(".overflow-menu > button")
-        self.until(find, name)[0].click()
-
-    def type(self, css, words):
-        (box, *_) = self.wait(css)
-        box.send_keys(Keys.CONTROL, "a")
-        box.send_keys(words)
-
-    def press(self, *keys, held=None):
-        """Keys of a keyboard, at whatever has the focus; `held` is one held down meanwhile."""
-        hand = ActionChains(self.driver)
-        if held is not None:
-            hand.key_down(held).send_keys(*keys).key_up(held).perform()
-        else:
-            hand.send_keys(*keys).perform()
-
-    def focused(self):
-        """The name of what the keyboard is at."""
-        return self.driver.execute_script(
-            "const at = document.activeElement; return at.ariaLabel || at.textContent.trim()"
-        )
-
-    def tab_to(self, start, limit=80):
-        """Presses Tab until it is at what has a name that starts so."""
-        for _ in range(limit):
-            self.press(Keys.TAB)
-            if self.focused().startswith(start):
-                return
-        raise AssertionError(f"{limit} times Tab, and not at {start}")
-
-    def shapes(self):
-        """The names of all shapes, in order."""
-        return self.driver.execute_script(
-            "return [...document.querySelectorAll('#k-editor g.k-shape')].map((g) => g.ariaLabel)"
-        )
-
-    def go_on_from(self, path):
-        """Opens one of our PNGs and goes to the editor."""
-        self.tab("History")
-        fields = "#k-upload input[type=file]"
-        if not self.driver.find_elements(By.CSS_SELECTOR, fields):
-            self.click("#k-upload button[aria-label=Clear]")
-        find = lambda: self.driver.find_elements(By.CSS_SELECTOR, fields)  # noqa: E731
-        self.until(find, "room for a file")[0].send_keys(str(path))
-        document = load_document(path)
-        self.tab("Edit")
-        self.until(lambda: self.boxes() == document.latents["bbox"], "its boxes")
-
-    def boxes(self):
-        return self.wait("#k-bbox textarea")[0].get_attribute("value")
-
-    def drag(self, dx, dy):
-        """Drags the first box by thousandths of the picture, in steps as a hand does."""
-        (shape, *_) = self.wait("#k-editor g.k-shape")
-        width = self.wait("#k-editor svg")[0].size["width"]
-        hand = ActionChains(self.driver).move_to_element(shape).click_and_hold()
-        for _ in range(4):
-            hand.move_by_offset(round(dx * width / 4000), round(dy * width / 4000))
-        hand.release().perform()
-
-    def shot(self, name):
-        """A screenshot, small enough for the documents."""
-        picture = Image.open(BytesIO(self.driver.get_screenshot_as_png())).convert("RGB")
-        if SCREENSHOTS and not name.endswith("dark"):
-            picture.quantize(96).save(pathlib.Path(SCREENSHOTS) / f"{name}.png", optimize=True)
-        return picture
-
-
 @pytest.fixture(scope="module")
-def visitor(driver, address):
-    return Visitor(driver, address)
-
-
-def picture_of(element):
-    data = element.get_attribute("src").partition("base64,")[2]
-    return np.asarray(Image.open(BytesIO(base64.b64decode(data))).convert("RGB"))
+def visitor(driver, tmp_path_factory):
+    with served(tmp_path_factory.mktemp("serve")) as address:
+        yield Visitor(driver, address)
+        driver.get("about:blank")
 
 
 def centre(image, hue):
@@ -217,6 +103,27 @@ def centre(image, hue):
     found = shapes_detector.read(image).by_hue(hue)
     assert found is not None
     return found.ellipse[:2]
+
+
+def test_how_soon_the_first_picture_is_there(driver, tmp_path, capsys):
+    with served(tmp_path) as address:
+        printed = time.monotonic()
+        visitor = Visitor(driver, address)
+        visitor.open()
+        visitor.until(visitor.wait("#k-draw")[0].is_enabled, "Draw can be pressed")
+        visitor.click("#k-draw")
+        pressed = time.monotonic()
+        visitor.wait("#k-status .k-note")
+        answered = time.monotonic()
+        (card, *_) = visitor.wait("#k-cards [data-pick]")
+        there = time.monotonic()
+        assert card.text == "Edit" and picture_of(visitor.wait("#k-cards img")[0]).std() > 0
+        driver.get("about:blank")
+    with capsys.disabled():
+        print(
+            f"\nfrom the address to an answered click: {answered - printed:.1f} s"
+            f"\nfrom Draw to the first pictures: {there - pressed:.1f} s"
+        )
 
 
 def test_a_box_is_dragged_and_the_object_follows(visitor, downloads):
@@ -294,13 +201,15 @@ def test_the_keyboard_is_enough(visitor):
     visitor.click("#k-draw")
     visitor.wait("#k-cards [data-pick]")[0].send_keys(Keys.ENTER)
     before = visitor.until(lambda: visitor.boxes() or None, "boxes")
-    (shape, *_) = visitor.wait("#k-editor g.k-shape")
-    visitor.driver.execute_script("arguments[0].focus()", shape)
-    keys = ActionChains(visitor.driver)
-    keys.send_keys(Keys.ARROW_UP, Keys.ARROW_UP, Keys.ARROW_LEFT, Keys.ARROW_LEFT).perform()
-    visitor.until(lambda: visitor.boxes() != before, "moved by arrows")
-    old, new = (bbox.parse(s)[0].boxes[0] for s in (before, visitor.boxes()))
-    assert (max(old.x1 - 20, 0), max(old.y1 - 20, 0)) == (new.x1, new.y1)
+    visitor.tab_to("box")
+    visitor.press(Keys.ARROW_UP, Keys.ARROW_UP, Keys.ARROW_LEFT, Keys.ARROW_LEFT)
+    old = bbox.parse(before)[0].boxes[0]
+
+    def has_moved():
+        new = bbox.parse(visitor.boxes())[0].boxes[0]
+        return (max(old.x1 - 20, 0), max(old.y1 - 20, 0)) == (new.x1, new.y1)
+
+    visitor.until(has_moved, "moved by arrows")
 
     # Rename it, add one, take it away again.
     (name, *_) = visitor.wait("#k-editor tbody input[type=text]")
@@ -310,9 +219,8 @@ def test_the_keyboard_is_enough(visitor):
     count = len(visitor.wait("#k-editor g.k-shape"))
     visitor.wait("#k-editor [data-add=bbox]")[0].send_keys(Keys.ENTER)
     visitor.until(lambda: "a new object (350, 350, 650, 650)" in visitor.boxes(), "added")
-    (added,) = visitor.wait("#k-editor g.k-chosen")
-    visitor.driver.execute_script("arguments[0].focus()", added)
-    ActionChains(visitor.driver).send_keys(Keys.DELETE).perform()
+    visitor.tab_to("box a new object")
+    visitor.press(Keys.DELETE)
     visitor.until(lambda: "a new object" not in visitor.boxes(), "deleted")
     assert len(visitor.wait("#k-editor g.k-shape")) == count
 
@@ -477,12 +385,15 @@ def test_both_models_are_compared(visitor):
 
 
 def test_nothing_came_from_elsewhere_and_no_script_failed(visitor):
+    visitor.open()
+    for name in ("Edit", "History", "Compare", "About"):
+        visitor.tab(name)
     foreign = []
     for line in visitor.driver.get_log("performance"):
         message = json.loads(line["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
             url = message["params"]["request"]["url"]
-            if not url.startswith((visitor.address, "data:", "blob:", "chrome")):
+            if not url.startswith(("http://127.0.0.1:", "data:", "blob:", "chrome")):
                 foreign.append(url)
     assert not foreign
     severe = [line for line in visitor.driver.get_log("browser") if line["level"] == "SEVERE"]
