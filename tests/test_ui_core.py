@@ -230,6 +230,22 @@ def test_sessions_are_bounded_and_apart():
     assert len(sessions) == 2 and sessions.get("a") is a
     clock.now = 11.0
     assert sessions.get("c").pictures == [] and len(sessions) == 1
+    others = Sessions(limit=3, clock=clock, room=2 * IMAGE.nbytes)
+    for key in "abc":
+        others.get(key).add_opened(IMAGE, DOCUMENT)
+    assert others.get("c").pictures and len(others) == 2  # a made room
+    kept = [others.get(key) for key in "bc"]
+    for i in range(9):  # somebody who loads the page again and again
+        others.get(f"again {i}")
+    assert [others.get(key) for key in "bc"] == kept
+    others.close("c")
+    others.close("again 8")
+    assert len(others) == 2
+    others.get("b").add_opened(IMAGE, DOCUMENT)
+    assert others.get("b") is kept[0] and len(others) == 1  # the closed page was the first to go
+    others.get("d").add_opened(IMAGE, DOCUMENT)
+    others.close("d")
+    assert len(others.get("d").pictures) == 1  # its line was broken
     for key in (None, "", "x" * 201):
         with pytest.raises(UserError, match="no session"):
             sessions.get(key)

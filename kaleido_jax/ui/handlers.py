@@ -124,7 +124,7 @@ class Handlers:
             ticket = self._studio.draw(session, wanted)
             async for state, preview in self._follow(ticket):
                 yield [state, preview, *unchanged]
-            output = ticket.result()
+            output, session = ticket.result(), self._session(request)
             made = session.add_drawn(output.images, output.documents, wanted.batch_size)
             cards = await asyncio.to_thread(show.cards, made)
             yield [show.note("Done."), cards, *await self.view(session)]
@@ -147,9 +147,10 @@ class Handlers:
         return show.note("Cancelled.")
 
     async def left(self, request: gr.Request) -> None:
-        """The browser is gone: nobody waits for what it asked for."""
+        """The browser is gone: nobody waits for what it asked for, its session makes room."""
         if request.session_hash:
             self._studio.pool.forget(request.session_hash)
+            self._studio.sessions.close(request.session_hash)
 
     # ---- editing ----------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """What each person has made: a tree of pictures per session, all of it bounded.
 
-A session is known by a key that only its owner has; nothing else leads to it. Sessions that were
-not used for longest make room for new ones.
+A session is known by a key that only its owner has; nothing else leads to it. Empty sessions, and
+those whose page is closed, make room for others first, then those not used for longest.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from kaleido_jax.session_folder import Change, Picture
 
 MAX_SESSIONS = 128
 MAX_PICTURES = 200
-MAX_BYTES = 2**26  # of pixels, each session
+MAX_BYTES = 2**26  # of pixels, each session; PNGs of them take about as much again
+MAX_TOTAL_BYTES = 2**29  # of pixels, all sessions together
 IDLE_SECONDS = 4 * 3600.0
+CLOSED_SECONDS = 600.0  # a page counts as closed as well when its line is broken for a moment
 
 
 class Session:
@@ -33,6 +35,7 @@ class Session:
       pictures: all of them; picture i has the number i.
       current: number of the picture that is being edited; None at first.
       thumbnails: of pictures, by their numbers, once they were shown.
+      closed: whether its page was closed after the session was last used.
     """
 
     def __init__(self, key: str, seen: float = 0.0):
@@ -40,14 +43,19 @@ class Session:
         self.pictures: list[Picture] = []
         self.current: int | None = None
         self.thumbnails: dict[int, str] = {}
+        self.closed = False
         self._undone: list[int] = []
+
+    @property
+    def held(self) -> int:
+        """Bytes of its pixels."""
+        return sum(picture.image.nbytes for picture in self.pictures)
 
     def check_room(self, count: int, shape: Sequence[int]) -> None:
         """Raises UserError unless `count` more pictures of this shape have room."""
-        held = sum(picture.image.nbytes for picture in self.pictures)
         if (
             len(self.pictures) + count > MAX_PICTURES
-            or held + count * int(np.prod(shape)) > MAX_BYTES
+            or self.held + count * int(np.prod(shape)) > MAX_BYTES
         ):
             raise UserError(
                 f"your history is full ({len(self.pictures)} pictures); "
@@ -157,9 +165,13 @@ class Sessions:
         limit: int = MAX_SESSIONS,
         idle: float = IDLE_SECONDS,
         clock: Callable[[], float] = time.monotonic,
+        room: int = MAX_TOTAL_BYTES,
     ):
-        """At most `limit` sessions, none unused for more than `idle` seconds."""
-        self._limit, self._idle, self._clock = limit, idle, clock
+        """At most `limit` sessions of `room` bytes, none unused for more than `idle` seconds.
+
+        They are counted whenever one is used.
+        """
+        self._limit, self._idle, self._clock, self._room = limit, idle, clock, room
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -173,16 +185,30 @@ class Sessions:
         with self._lock:
             now = self._clock()
             session = self._sessions.setdefault(key, Session(key, now))
-            session.seen = now
+            session.seen, session.closed = now, False
             self._sessions.move_to_end(key)
-            while len(self._sessions) > self._limit or self._oldest_is_idle(now):
-                self._sessions.popitem(last=False)
+            self._make_room(session, now)
             return session
 
     def close(self, key: str) -> None:
-        """Forgets a session."""
-        with self._lock:
-            self._sessions.pop(key, None)
+        """The page of a session is closed: it is the first to make room, if it is not used again.
 
-    def _oldest_is_idle(self, now: float) -> bool:
-        return now - next(iter(self._sessions.values())).seen > self._idle
+        One without pictures is forgotten at once.
+        """
+        with self._lock:
+            session = self._sessions.get(key)
+            if session is not None:
+                session.closed = True
+                if not session.pictures:
+                    del self._sessions[key]
+
+    def _make_room(self, used: Session, now: float) -> None:
+        held = sum(session.held for session in self._sessions.values())
+        others = [session for session in self._sessions.values() if session is not used]
+        # Those used last stay last: the order of the others does not change.
+        for session in sorted(others, key=lambda s: bool(s.pictures) and not s.closed):
+            idle = CLOSED_SECONDS if session.closed else self._idle
+            full = held > self._room and session.pictures
+            if full or len(self._sessions) > self._limit or now - session.seen > idle:
+                held -= session.held
+                del self._sessions[session.key]
