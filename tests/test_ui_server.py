@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import resource
 import threading
 import time
@@ -24,7 +25,7 @@ from PIL import Image
 from kaleido_jax import cli
 from kaleido_jax.errors import UserError
 from kaleido_jax.latents import LatentDocument, png_bytes
-from kaleido_jax.ui import bounds, server
+from kaleido_jax.ui import bounds, server, sessions
 from kaleido_jax.ui.handlers import Handlers
 from kaleido_jax.ui.studio import Engine, Studio
 from tests.test_constrained import COMBINED, PROMPT, pipeline
@@ -198,11 +199,11 @@ class Running:
     """The web application on a port of its own, in a thread."""
 
     def __init__(self, studio, uploads, token=None):
-        app = server.build(studio, str(uploads), token)
+        self.uploads, self.app = uploads, server.build(studio, str(uploads), token)
         self._door = server.listen("127.0.0.1", 0)
         self.address = f"http://127.0.0.1:{self._door.getsockname()[1]}/"
         self._server = uvicorn.Server(
-            uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
+            uvicorn.Config(self.app, log_level="error", timeout_graceful_shutdown=1)
         )
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [self._door]}, daemon=True
@@ -250,9 +251,44 @@ def test_bodies_and_uploads_are_bounded(running):
     assert httpx.post(address, content=pieces()).status_code in (400, 413)
     upload = {"files": ("a.png", b"x" * (bounds.MAX_UPLOAD_BYTES + 1))}
     assert httpx.post(f"{running.address}gradio_api/upload", files=upload).status_code == 413
+    (running.uploads / "held").touch()
+    os.truncate(running.uploads / "held", server.MAX_UPLOADS_BYTES)  # a hole, no bytes
+    upload = {"files": ("a.png", b"x")}
+    assert httpx.post(f"{running.address}gradio_api/upload", files=upload).status_code == 507
+    (running.uploads / "held").unlink()
+    assert httpx.post(f"{running.address}gradio_api/upload", files=upload).status_code == 200
     for path in ("/etc/passwd", "../../../../etc/passwd", "%2e%2e/%2e%2e/etc/passwd"):
         found = httpx.get(f"{running.address}gradio_api/file={path}")
         assert found.status_code in (403, 404) and "root:" not in found.text
+
+
+def test_who_waits_leaves_room_for_the_others(tmp_path):
+    people = 41  # one more than gradio does at once by itself
+    begun, go = threading.Event(), threading.Event()
+    studio = Studio([Engine(pipeline(COMBINED))], warm=False, waiting=people)
+    studio.pool.submit(lambda engine, tell: (begun.set(), go.wait(240)), "first")
+    assert begun.wait(60)
+    with Running(studio, tmp_path) as found:
+        mounted = [getattr(route, "app", None) for route in found.app._app.routes]
+        (holder,) = [app.state_holder for app in mounted if hasattr(app, "state_holder")]
+        assert holder.capacity == sessions.MAX_SESSIONS
+        call = f"{found.address}gradio_api/call/create"
+
+        def ask(user):
+            body = {"data": [PROMPT, 1, None, 2, None, None, 0], "session_hash": f"user {user}"}
+            return httpx.post(call, json=body).json()["event_id"]
+
+        for user in range(people):
+            ask(user)
+        until = time.monotonic() + 60
+        while studio.pool.waiting() < people:
+            assert time.monotonic() < until, f"{studio.pool.waiting()} of {people} wait"
+            time.sleep(0.05)
+        # One more is told so at once.
+        with httpx.stream("GET", f"{call}/{ask('more')}", timeout=60) as stream:
+            assert "people are waiting already" in "".join(stream.iter_text())
+        go.set()
+        studio.pool.close()
 
 
 def test_programs_create_and_edit(running):

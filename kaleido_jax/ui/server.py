@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import logging
 import os
@@ -20,13 +21,19 @@ from kaleido_jax.errors import UserError
 from kaleido_jax.ui import bounds
 from kaleido_jax.ui.handlers import Handlers
 from kaleido_jax.ui.page import Page, static, theme
+from kaleido_jax.ui.sessions import MAX_SESSIONS
 from kaleido_jax.ui.studio import Engine, Studio
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MIN_TOKEN = 12
 # Of a whole request: an upload and what stands around it.
 MAX_BODY_BYTES = bounds.MAX_UPLOAD_BYTES + 2**20
-THREADS = 16
+# All uploads that the folder holds at once; each counts as a block of a disk at least.
+MAX_UPLOADS_BYTES = 2**27
+_BLOCK = 2**12
+_UPLOAD = "/gradio_api/upload"
+# What gradio may do at once beside the requests for pictures: events of the page.
+EVENTS = 16
 # Nothing from elsewhere: no fonts, no scripts, no analytics. The page works offline.
 _POLICY = "; ".join(
     [
@@ -62,10 +69,21 @@ def choose_token(host: str, token: str | None) -> str | None:
 
 
 class Guard:
-    """Refuses bodies that are too large, whatever their headers say, and adds headers."""
+    """Refuses bodies that are too large, whatever their headers say, and adds headers.
 
-    def __init__(self, app: Callable[..., Any], limit: int = MAX_BODY_BYTES):
-        self._app, self._limit = app, limit
+    Uploads are refused, too, while their folder is full.
+    """
+
+    def __init__(
+        self,
+        app: Callable[..., Any],
+        uploads: str,
+        limit: int = MAX_BODY_BYTES,
+        room: int = MAX_UPLOADS_BYTES,
+    ):
+        """Args: bytes of a body, at most `limit`; of the folder `uploads`, at most `room`."""
+        self._app, self._uploads, self._limit, self._room = app, uploads, limit, room
+        self._arriving = 0
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         """One request."""
@@ -74,8 +92,22 @@ class Guard:
             return
         given = dict(scope["headers"]).get(b"content-length", b"0")
         if not given.isdigit() or int(given) > self._limit:
-            await _refuse(send)
-            return
+            await _refuse(send, 413, b"too large")
+        elif scope["method"] == "POST" and scope["path"].rstrip("/").endswith(_UPLOAD):
+            # Those that arrive may grow to the limit each.
+            self._arriving += self._limit
+            try:
+                held = await asyncio.to_thread(_bytes_in, self._uploads)
+                if held + self._arriving > self._room:
+                    await _refuse(send, 507, b"too many files are here already; try again later")
+                else:
+                    await self._pass(scope, receive, send)
+            finally:
+                self._arriving -= self._limit
+        else:
+            await self._pass(scope, receive, send)
+
+    async def _pass(self, scope: dict, receive: Callable, send: Callable) -> None:
         received, started = 0, False
 
         async def counted() -> dict:
@@ -97,17 +129,27 @@ class Guard:
             await self._app(scope, counted, with_headers)
         except _TooLarge:
             if not started:
-                await _refuse(send)
+                await _refuse(send, 413, b"too large")
 
 
 class _TooLarge(Exception):
     """More was sent than any request may have."""
 
 
-async def _refuse(send: Callable) -> None:
+async def _refuse(send: Callable, status: int, words: bytes) -> None:
     headers = [(b"content-type", b"text/plain"), (b"connection", b"close")]
-    await send({"type": "http.response.start", "status": 413, "headers": headers})
-    await send({"type": "http.response.body", "body": b"too large"})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": words})
+
+
+def _bytes_in(folder: str) -> int:
+    """Bytes of all files in a folder, of which some may go meanwhile."""
+    held = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                held += max(os.stat(os.path.join(parent, name)).st_size, _BLOCK)
+    return held
 
 
 def build(studio: Studio, uploads: str, token: str | None) -> Guard:
@@ -120,6 +162,9 @@ def build(studio: Studio, uploads: str, token: str | None) -> Guard:
     """
     os.environ["GRADIO_TEMP_DIR"] = uploads
     page = Page(studio, Handlers(studio, uploads))
+    page.blocks.state_session_capacity = MAX_SESSIONS
+    # A request holds one of gradio's places while it waits, and events need some beside.
+    page.blocks.max_threads = studio.pool.capacity + EVENTS
     page.blocks.queue(default_concurrency_limit=4, max_size=256)
 
     def known(name: str, given: str) -> bool:
@@ -141,7 +186,7 @@ def build(studio: Studio, uploads: str, token: str | None) -> Guard:
         theme=theme(),
         css=static("page.css"),
     )
-    return Guard(app)
+    return Guard(app, uploads)
 
 
 class _Server(uvicorn.Server):
@@ -215,7 +260,7 @@ def serve(
                 build(studio, uploads, chosen),
                 log_level="warning",
                 timeout_graceful_shutdown=3,
-                limit_concurrency=512,
+                limit_concurrency=512 + 2 * studio.pool.capacity,
             )
             _Server(config, ready).run(sockets=[door])
         finally:

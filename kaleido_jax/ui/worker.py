@@ -97,7 +97,11 @@ class Ticket:
 
 
 class Pool(Generic[Engine]):
-    """Workers, one thread for each engine, and the queue before them."""
+    """Workers, one thread for each engine, and the queue before them.
+
+    Attributes:
+      capacity: tickets that may wait or run at once.
+    """
 
     def __init__(
         self,
@@ -118,6 +122,7 @@ class Pool(Generic[Engine]):
           clock: seconds.
         """
         self._waiting, self._lease, self._clock = waiting, lease, clock
+        self.capacity = waiting + len(engines)
         self._queue: deque[Ticket] = deque()
         self._running: set[Ticket] = set()
         self._changed = threading.Condition()
