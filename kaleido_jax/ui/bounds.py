@@ -101,8 +101,7 @@ def check_request(
     if steps is not None:
         changes["num_steps"] = whole("the number of steps", steps, 1, MAX_STEPS)
     if sampler is not None:
-        changes["sampler"] = _one_of("the sampler", sampler, SAMPLERS)
-        changes["eta"] = defaults.eta if changes["sampler"] == "ddim" else 0.0
+        changes |= _sampler(_one_of("the sampler", sampler, SAMPLERS), defaults)
     if temperature is not None:
         changes["temperature"] = real("the temperature", temperature, 0.0, MAX_TEMPERATURE)
     settings = defaults.replace(changes)
@@ -115,14 +114,19 @@ def check_request(
     )
 
 
+def _sampler(name: str, defaults: Settings) -> dict[str, Any]:
+    return {"sampler": name, "eta": defaults.eta if name == "ddim" else 0.0}
+
+
 def check_weights(text: Any) -> tuple[float, ...]:
-    """Guidance weights as written: "1, 4, 8". Raises UserError unless there are 1..4 of them."""
+    """Guidance weights, each once: "1, 4, 8". Raises UserError unless there are 1..4 of them."""
     if not isinstance(text, str) or len(text) > 200:
         raise UserError("guidance weights are numbers with commas, such as 1, 4, 8")
     words = [word for word in text.replace(";", ",").split(",") if word.strip()]
     if not 1 <= len(words) <= MAX_WEIGHTS:
         raise UserError(f"{len(words)} guidance weights; 1 to {MAX_WEIGHTS} can be compared")
-    return tuple(real("a guidance weight", word, 0.0, MAX_GUIDANCE) for word in words)
+    found = [real("a guidance weight", word, 0.0, MAX_GUIDANCE) for word in words]
+    return tuple(dict.fromkeys(found))
 
 
 def check_change(
@@ -315,6 +319,21 @@ def check_document(document: LatentDocument, defaults: Settings, names: Sequence
     settings = defaults.of_document(document)
     real("the document's guidance weight", settings.guidance_weight, 0.0, MAX_GUIDANCE)
     whole("the document's number of steps", settings.num_steps, 1, MAX_STEPS)
+    # Each plan is a program of its own: no more of them than requests can ask for.
+    usual = defaults.replace(
+        {
+            "guidance_weight": settings.guidance_weight,
+            "num_steps": settings.num_steps,
+            **_sampler(settings.sampler, defaults),
+        }
+    ).plan()
+    for name, wanted in dataclasses.asdict(settings.plan()).items():
+        ours = getattr(usual, name)
+        if wanted != ours:
+            raise UserError(
+                f"the document's picture was drawn with {name} = {wanted}; this page draws with "
+                f"{ours} only, `kaleido edit` with any"
+            )
 
 
 def whole(name: str, value: Any, low: int, high: int) -> int:

@@ -40,7 +40,7 @@ def test_what_is_in_bounds_passes():
     assert (found.number, found.seed, found.batch_size) == (8, 9, bounds.BATCH)
     assert found.settings.num_steps == 250 and found.options()["guidance_weight"] == 7.5
     assert request().settings == DEFAULTS and request().batch_size == 1
-    assert bounds.check_weights("1, 2.5;4") == (1.0, 2.5, 4.0)
+    assert bounds.check_weights("1, 2.5;4, 1.0") == (1.0, 2.5, 4.0)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +178,8 @@ def opened(path, folder):
 def test_our_pictures_open(tmp_path):
     image, document = opened(str(put(tmp_path)), tmp_path)
     assert image.shape == (8, 8, 3) and document == DOCUMENT
+    other = dataclasses.replace(DOCUMENT, sampler="ddpm", steps=99, guidance_weight=1.0)
+    assert opened(str(put(tmp_path, other)), tmp_path)[1] == other
 
 
 @pytest.mark.parametrize(
@@ -235,6 +237,10 @@ def test_files_that_are_none_of_ours_are_refused(tmp_path):
         ({"caption": "x" * 3000}, "2,000 are the most"),
         ({"caption": ""}, "is empty"),
         ({"sampler_settings": {"eta": 7.0}}, "eta is 7"),
+        # Each would be a program of its own to compile.
+        ({"sampler_settings": {"eta": 0.123}}, "eta = 0.123; this page draws with 0.0 only"),
+        ({"sampler_settings": {"time_grid": "logsnr"}}, "grid = logsnr; this page"),
+        ({"sampler_settings": {"cads_scale": 0.1}}, "annealed = True; this page"),
     ],
 )
 def test_documents_of_strangers_keep_to_the_bounds(tmp_path, changes, words):
