@@ -19,13 +19,14 @@ pytest.importorskip("gradio", reason="needs the extra 'ui'")
 import gradio as gr
 import gradio_client
 import httpx
+import numpy as np
 import uvicorn
 from PIL import Image
 
 from kaleido_jax import cli
 from kaleido_jax.errors import UserError
 from kaleido_jax.latents import LatentDocument, png_bytes
-from kaleido_jax.ui import bounds, server, sessions
+from kaleido_jax.ui import bounds, server, sessions, worker
 from kaleido_jax.ui.handlers import Handlers
 from kaleido_jax.ui.studio import Engine, Studio
 from tests.test_constrained import COMBINED, PROMPT, pipeline
@@ -150,6 +151,28 @@ def test_a_way_through_the_page(handlers, tmp_path):
         assert "no picture yet" in status
 
     asyncio.run(way())
+
+
+def test_a_preview_is_sent_once(handlers, studio):
+    preview, gates = np.zeros((1, 8, 8, 3), np.uint8), [threading.Event(), threading.Event()]
+
+    def job(engine, tell):
+        for step, gate in enumerate(gates, 1):
+            tell(worker.Report("drawing", step, 2, preview))
+            assert gate.wait(60)
+
+    async def follow():
+        found = []
+        async for status, shown in handlers._follow(studio.pool.submit(job, "a")):
+            found.append(shown)
+            for step, gate in enumerate(gates, 1):
+                if f"step {step} of 2" in status:
+                    gate.set()
+        return found
+
+    found = asyncio.run(follow())
+    assert ["<img" in str(shown) for shown in found].count(True) == 1
+    assert found[-1] == gr.skip()
 
 
 @pytest.mark.parametrize(

@@ -134,12 +134,17 @@ class Handlers:
             yield [show.problem(str(error)), gr.skip(), *unchanged]
 
     async def _follow(self, ticket: Ticket) -> AsyncIterator[tuple[str, Any]]:
-        """(status, previews) until the ticket has ended."""
+        """(status, previews) until the ticket has ended; previews are sent once each."""
+        sent: Any = ""
         async for view in watch(ticket):
+            if view.state in (DONE, CANCELLED):
+                continue
             preview = None if view.report is None else view.report.preview
-            shown = "" if preview is None else await asyncio.to_thread(show.previews, preview)
-            if view.state not in (DONE, CANCELLED):
-                yield show.status(view), shown
+            shown: Any = gr.skip()
+            if preview is not sent:
+                shown = "" if preview is None else await asyncio.to_thread(show.previews, preview)
+                sent = preview
+            yield show.status(view), shown
 
     async def cancel(self, request: gr.Request) -> str:
         """Ends what this session has asked for; returns a status."""

@@ -7,7 +7,6 @@ import difflib
 import html
 import io
 import json
-import math
 import re
 from collections.abc import Sequence
 
@@ -293,7 +292,7 @@ def _mistake(string: str, error: LatentError) -> str:
 
 def status(view: View) -> str:
     """Where a request stands: place in the queue, or what is done, with the time left."""
-    left = "" if view.seconds_left is None else f", about {max(1, math.ceil(view.seconds_left))} s"
+    left = "" if view.seconds_left is None else f", about {max(1, view.seconds_left)} s"
     if view.state == WAITING:
         before = view.position - 1
         who = "You are next" if before == 0 else f"{before} before you"

@@ -9,6 +9,7 @@ looked at for `lease` seconds: a browser that is gone stops looking.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import threading
 import time
@@ -59,13 +60,13 @@ class View:
       state: 'waiting', 'running', 'done', 'failed' or 'cancelled'.
       position: 1 for the next in the queue; 0 unless waiting.
       report: the last of a running job.
-      seconds_left: an estimate; None where there is nothing to go by.
+      seconds_left: an estimate in whole seconds; None where there is nothing to go by.
     """
 
     state: str
     position: int
     report: Report | None
-    seconds_left: float | None
+    seconds_left: int | None
 
 
 Job = Callable[[Any, Callable[[Report], None]], Any]
@@ -195,7 +196,10 @@ class Pool(Generic[Engine]):
         with self._changed:
             ticket.seen = self._clock()
             position = self._queue.index(ticket) + 1 if ticket.state == WAITING else 0
-            return View(ticket.state, position, ticket.report, self._seconds_left(ticket, position))
+            left = self._seconds_left(ticket, position)
+            # Whole seconds, so that a view is another one only where somebody would see it.
+            left = None if left is None else math.ceil(left)
+            return View(ticket.state, position, ticket.report, left)
 
     def cancel(self, ticket: Ticket) -> None:
         """As `Ticket.cancel`."""
