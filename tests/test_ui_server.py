@@ -120,6 +120,7 @@ def test_a_way_through_the_page(handlers, tmp_path):
         await edited(handlers, "way", editor=json.dumps(state))
         assert current(handlers, "way").document.latents["bbox"] == string
         typed = string.replace("(1, 2, 300, 400)", "(5, 6, 700, 800)")
+        state["picture"] = current(handlers, "way").number
         await edited(handlers, "way", editor=json.dumps(state), bbox=typed)
         assert current(handlers, "way").document.latents["bbox"] == typed
         echo = json.loads(await handlers.typed(json.dumps(state), typed))
@@ -151,6 +152,46 @@ def test_a_way_through_the_page(handlers, tmp_path):
         assert "no picture yet" in status
 
     asyncio.run(way())
+
+
+def test_what_ends_late_disturbs_nothing(handlers):
+    async def late():
+        await draw(handlers, "late", number=2)
+        session = handlers._session(someone("late"))
+        image, document = session.pictures[1].image, session.pictures[1].document
+        editor = (await handlers.load(someone("late")))[0]["value"]
+        strings = [session.now().document.latents[name] for name in COMBINED]
+
+        def edit(caption):
+            return handlers.edit(someone("late"), editor, [], False, None, caption, *strings)
+
+        # An edit, the page back at its parent, and what the page held before that came.
+        assert "Done" in (await last(edit("a dog")))[0]
+        assert "turned to picture 2" in (await last(edit("a cat")))[0]
+        await handlers.undo(someone("late"))
+        # What somebody has begun stays when new pictures come.
+        assert "<ins>" in await handlers.marks(someone("late"), "a cat", *strings)
+        status, _, *shown = await draw(handlers, "late")
+        assert "picture 0 is kept" in status and session.current == 0
+        assert shown[:-1] == [gr.skip()] * len(shown[:-1]) and "<b>3</b>" in shown[-1]
+        assert await handlers.marks(someone("late"), session.now().document.caption, *strings) == ""
+        status, *_ = await draw(handlers, "late")
+        assert "kept" not in status and session.current == 4
+        session.go(0)
+        # The history is emptied, and another picture stands where the parent was.
+        asked = edit("a cat")
+        await anext(asked)
+        session.clear()
+        session.add_opened(image, document)
+        assert "not in your history any more" in (await last(asked))[0]
+        assert len(session.pictures) == 1
+        asked = edit("a cat")
+        await anext(asked)
+        await handlers.clear(someone("late"))
+        await last(asked)
+        assert not session.pictures
+
+    asyncio.run(late())
 
 
 def test_a_preview_is_sent_once(handlers, studio):

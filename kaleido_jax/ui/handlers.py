@@ -28,6 +28,8 @@ from kaleido_jax.ui.studio import Studio, watch
 from kaleido_jax.ui.worker import CANCELLED, DONE, Stopped, Ticket
 
 _MAX_REDRAW = 16
+# Of the editor's state: which loading of it, which change since, which picture.
+_KEPT = ("load", "rev", "picture")
 
 
 class Handlers:
@@ -127,7 +129,12 @@ class Handlers:
             output, session = ticket.result(), self._session(request)
             made = session.add_drawn(output.images, output.documents, wanted.batch_size)
             cards = await asyncio.to_thread(show.cards, made)
-            yield [show.note("Done."), cards, *await self.view(session)]
+            view = await self.view(session)
+            if session.changing:
+                words = f"Done. What you have begun with picture {session.current} is kept."
+                yield [show.note(words), cards, *unchanged[:-1], view[-1]]
+            else:
+                yield [show.note("Done."), cards, *view]
         except Stopped:
             yield [show.note("Cancelled."), "", *unchanged]
         except UserError as error:
@@ -174,6 +181,11 @@ class Handlers:
         try:
             session = self._session(request)
             parent = session.now()
+            if _editor_state(editor).get("picture") != parent.number:
+                raise UserError(
+                    f"the page has turned to picture {parent.number} meanwhile; look at it, "
+                    "then draw again"
+                )
             change = bounds.check_change(
                 parent.document,
                 {"caption": caption, **self._written(editor, strings, parent.document)},
@@ -185,7 +197,8 @@ class Handlers:
             ticket = self._studio.edit(session, parent, change)
             async for state, preview in self._follow(ticket):
                 yield [state, preview, *unchanged]
-            image, document = ticket.result()
+            (image, document), session = ticket.result(), self._session(request)
+            session.check_holds(parent)
             session.add_edited(parent.number, change, image, document)
             yield [show.note("Done. Undo goes back."), "", *await self.view(session)]
         except Stopped:
@@ -202,7 +215,7 @@ class Handlers:
             for name, string in zip(self._studio.names, strings, strict=True)
             if name in document.latents
         }
-        for name, latent in _editor_latents(editor).items():
+        for name, latent in _editor_state(editor)["latents"].items():
             # The editor says which string it began with; another one was typed since.
             if name in found and found[name] == latent.get("base"):
                 found[name] = bounds.read_shapes(name, latent.get("parts"))
@@ -211,38 +224,37 @@ class Handlers:
     async def moved(self, editor: Any) -> list[Any]:
         """Something was dragged: returns [status, editor, a string for each grounded latent]."""
         try:
-            state = bounds.read_json(editor)
-            latents = _editor_latents(editor)
+            state = _editor_state(editor)
             strings = {
                 name: bounds.read_shapes(name, latent.get("parts"))
-                for name, latent in latents.items()
+                for name, latent in state["latents"].items()
             }
             shown = {name: show.shapes(name, string) for name, string in strings.items()}
-            state = {"load": state.get("load"), "rev": state.get("rev"), "latents": shown}
             boxes = [strings.get(name, gr.skip()) for name in self.grounded()]
-            return [show.note(""), json.dumps(state), *boxes]
+            return [show.note(""), _echo(state, shown), *boxes]
         except UserError as error:
             return [show.problem(str(error)), gr.skip(), *[gr.skip() for _ in self.grounded()]]
 
     async def typed(self, editor: Any, *strings: Any) -> str:
         """A string was typed: returns the editor with the shapes of those that are valid."""
         try:
-            state = bounds.read_json(editor)
-            latents = dict(_editor_latents(editor))
+            state = _editor_state(editor)
+            latents = dict(state["latents"])
             for name, string in zip(self.grounded(), strings, strict=True):
                 if name in latents:
                     latents[name] = show.shapes(name, bounds.check_latent(name, string))
         except UserError:
             return gr.skip()  # the marks say what is wrong
-        return json.dumps({"load": state.get("load"), "rev": state.get("rev"), "latents": latents})
+        return _echo(state, latents)
 
     async def marks(self, request: gr.Request, caption: Any, *strings: Any) -> str:
         """What was changed of the current picture's document, and what is not valid."""
         try:
-            document = self._session(request).now().document
+            session = self._session(request)
+            picture = session.now()
         except UserError:
             return ""
-        found = []
+        document, found = picture.document, []
         for name, string in zip(("caption", *self._studio.names), (caption, *strings), strict=True):
             old = document.caption if name == "caption" else document.latents.get(name)
             if old is None:
@@ -254,6 +266,8 @@ class Handlers:
                 marked = show.problem(str(error))
             if marked:
                 found.append(f'<div><span class="k-name">{name}</span>{marked}</div>')
+        if session.current == picture.number:
+            session.changing = bool(found)
         return "".join(found)
 
     def grounded(self) -> list[str]:
@@ -308,8 +322,8 @@ class Handlers:
         try:
             session = self._session(request)
             studio = self._studio
-            image, document = bounds.open_png(
-                path, self._uploads, studio.defaults, studio.names, studio.size
+            image, document = await asyncio.to_thread(
+                bounds.open_png, path, self._uploads, studio.defaults, studio.names, studio.size
             )
             picture = session.add_opened(image, document)
             words = f"Opened as picture {picture.number}; Edit goes on from it."
@@ -320,6 +334,7 @@ class Handlers:
     async def clear(self, request: gr.Request) -> list[Any]:
         """Forgets all pictures of the session: [status, cards, *view]."""
         session = self._session(request)
+        self._studio.pool.forget(session.key)
         session.clear()
         return [show.note("Your history is empty."), "", *await self.view(session)]
 
@@ -368,8 +383,8 @@ def archive(pictures: Sequence[Picture]) -> bytes:
     return file.getvalue()
 
 
-def _editor_latents(editor: Any) -> dict[str, Mapping[str, Any]]:
-    """What the editor holds of each grounded latent. Raises UserError if it is not that."""
+def _editor_state(editor: Any) -> dict[str, Any]:
+    """The editor's JSON; `latents` is what it holds of each. Raises UserError if it is not that."""
     state = bounds.read_json(editor)
     latents = state.get("latents") if isinstance(state, dict) else None
     if not isinstance(latents, dict):
@@ -377,4 +392,9 @@ def _editor_latents(editor: Any) -> dict[str, Mapping[str, Any]]:
     for name, latent in latents.items():
         if name not in show.GROUNDED or not isinstance(latent, dict):
             raise UserError("the editor's state is not as it must be; reload the page")
-    return latents
+    return state
+
+
+def _echo(state: Mapping[str, Any], latents: Mapping[str, Any]) -> str:
+    """The editor's JSON with other latents; of the rest only what belongs to it."""
+    return json.dumps({**{key: state.get(key) for key in _KEPT}, "latents": latents})

@@ -35,6 +35,7 @@ class Session:
       pictures: all of them; picture i has the number i.
       current: number of the picture that is being edited; None at first.
       thumbnails: of pictures, by their numbers, once they were shown.
+      changing: whether the latents on the page differ from those of the current picture.
       closed: whether its page was closed after the session was last used.
     """
 
@@ -43,7 +44,7 @@ class Session:
         self.pictures: list[Picture] = []
         self.current: int | None = None
         self.thumbnails: dict[int, str] = {}
-        self.closed = False
+        self.changing = self.closed = False
         self._undone: list[int] = []
 
     @property
@@ -68,7 +69,10 @@ class Session:
         documents: Sequence[LatentDocument],
         batch_size: int,
     ) -> list[Picture]:
-        """Adds pictures that were drawn in one batch; the first becomes the current one."""
+        """Adds pictures that were drawn in one batch.
+
+        The first becomes the current one, unless somebody is changing another by now.
+        """
         self.check_room(len(images), images.shape[1:])
         first = len(self.pictures)
         together = tuple(range(first, first + len(images)))
@@ -77,7 +81,8 @@ class Session:
             for number, image, document in zip(together, images, documents, strict=True)
         ]
         self.pictures += made
-        self.go(first)
+        if not self.changing:
+            self.go(first)
         return made
 
     def add_edited(
@@ -110,6 +115,11 @@ class Session:
             raise UserError("this picture is not in your history")
         return self.pictures[number]
 
+    def check_holds(self, picture: Picture) -> None:
+        """Raises UserError unless this very picture is in the history still."""
+        if not any(held is picture for held in self.pictures):
+            raise UserError("the picture that was edited is not in your history any more")
+
     def now(self) -> Picture:
         """The current picture. Raises UserError if there is none."""
         if self.current is None:
@@ -118,9 +128,13 @@ class Session:
 
     def go(self, number: int) -> Picture:
         """Makes a picture the current one: what is edited next branches off from it."""
-        self.current = self.picture(number).number
+        picture = self.picture(number)
         self._undone.clear()
-        return self.pictures[number]
+        return self._turn_to(picture)
+
+    def _turn_to(self, picture: Picture) -> Picture:
+        self.current, self.changing = picture.number, False
+        return picture
 
     def undo(self) -> Picture:
         """Goes back to the picture that the current one was edited from. Raises UserError."""
@@ -128,15 +142,13 @@ class Session:
         if parent is None:
             raise UserError("there is nothing to undo: this picture was not edited")
         self._undone.append(self.current)
-        self.current = parent
-        return self.pictures[parent]
+        return self._turn_to(self.pictures[parent])
 
     def redo(self) -> Picture:
         """Takes the last undo back. Raises UserError if there was none."""
         if not self._undone:
             raise UserError("there is nothing to do again")
-        self.current = self._undone.pop()
-        return self.pictures[self.current]
+        return self._turn_to(self.pictures[self._undone.pop()])
 
     def depth(self, number: int) -> int:
         """Edits between a picture and the one that it began with."""
@@ -147,7 +159,7 @@ class Session:
 
     def clear(self) -> None:
         """Forgets all pictures."""
-        self.pictures, self.current, self.thumbnails = [], None, {}
+        self.pictures, self.current, self.thumbnails, self.changing = [], None, {}, False
         self._undone.clear()
 
     def copy(self) -> Session:

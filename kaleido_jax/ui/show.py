@@ -209,7 +209,7 @@ def slider(before: Picture | None, after: Picture | None) -> str:
 
 
 def editor_value(picture: Picture, load: int) -> str:
-    """What the editor of shapes is given: JSON of all that can be dragged.
+    """What the editor of shapes is given: JSON of all that can be dragged, and of which picture.
 
     Args:
       load: another number whenever another picture is loaded.
@@ -218,7 +218,7 @@ def editor_value(picture: Picture, load: int) -> str:
     for name in GROUNDED:
         if name in picture.document.latents:
             latents[name] = shapes(name, picture.document.latents[name])
-    return json.dumps({"load": load, "rev": 0, "latents": latents})
+    return json.dumps({"load": load, "rev": 0, "picture": picture.number, "latents": latents})
 
 
 def shapes(name: str, string: str) -> dict[str, object]:
