@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kaleido_jax import diverse, editing, resampling
@@ -45,6 +45,7 @@ class EditMethods:
         step: int = 0,
         candidates: int = 16,
         batch_size: int | None = None,
+        on_draw: Callable[[], None] | None = None,
         **settings: Any,
     ) -> LatentDocument:
         """A document with some latents drawn anew, given the caption and the others.
@@ -56,7 +57,7 @@ class EditMethods:
           free: the latents to draw.
           seed, step: decide the random numbers of the draw; the noise of the picture stays.
           candidates: 1..256.
-          batch_size, settings: as `draw_latents`.
+          batch_size, on_draw, settings: as `draw_latents`.
 
         Raises:
           UserError: an unknown latent, anything out of bounds, no room beside the kept latents.
@@ -77,6 +78,7 @@ class EditMethods:
             step=step,
             candidates=candidates,
             batch=self.runner.batch_size(batch_size, candidates),
+            on_draw=on_draw,
         )
         decoding = {
             **chosen.decoding(),
@@ -99,6 +101,7 @@ class EditMethods:
         seed: int = 0,
         number: int = 0,
         candidates: int = 16,
+        on_draw: Callable[[], None] | None = None,
         **settings: Any,
     ) -> LatentDocument:
         """A document after one step of edits, latents drawn anew included; no picture is made.
@@ -106,7 +109,7 @@ class EditMethods:
         Args:
           step: a list of (verb, argument) as editing.py has them.
           seed, number: decide what is drawn anew; `number` is that of the step in its sequence.
-          candidates, settings: as `resample`.
+          candidates, on_draw, settings: as `resample`.
 
         Raises:
           UserError: an edit that cannot be made.
@@ -114,7 +117,13 @@ class EditMethods:
         changed = editing.apply(document, step)
         if free := editing.free_latents(step, self.names):
             changed = self.resample(
-                changed, free, seed=seed, step=number, candidates=candidates, **settings
+                changed,
+                free,
+                seed=seed,
+                step=number,
+                candidates=candidates,
+                on_draw=on_draw,
+                **settings,
             )
         return changed
 

@@ -38,6 +38,8 @@ __all__ = ["Output", "Pipeline", "Progress", "Settings", "check_folder", "grid",
 
 # Called every few steps; whatever it raises ends the sampling and passes through.
 OnStep = Callable[[Progress], None]
+# Called before each batch that the latent decoder draws; may raise as well.
+OnDraw = Callable[[], None]
 
 # Draws of z before a picture is made with what of it is valid (FAULTS: bounded retries).
 MAX_DRAWS = 5
@@ -178,15 +180,17 @@ class Pipeline(EditMethods, StreamMethods):
         seed: int = 0,
         first_index: int | Sequence[int] = 0,
         batch_size: int | None = None,
+        on_draw: OnDraw | None = None,
         **settings: Any,
     ) -> list[LatentDocument]:
         """The documents of `__call__` without their pictures: z ~ p(z | c), to read or edit.
 
-        Arguments as `__call__`, but that `first_index` may be one for each prompt. A document whose
-        z stayed unfinished or invalid in all draws holds what of it is valid, and says so under
+        Arguments as `__call__`, but that `first_index` may be one for each prompt, and `on_draw` is
+        called before each batch of z is drawn, and may raise to stop. A document whose z stayed
+        unfinished or invalid in all draws holds what of it is valid, and says so under
         `decoding['problems']`.
         """
-        return self._draw(prompts, num_images, seed, first_index, batch_size, settings)[0]
+        return self._draw(prompts, num_images, seed, first_index, batch_size, settings, on_draw)[0]
 
     def render(
         self,
@@ -257,6 +261,7 @@ class Pipeline(EditMethods, StreamMethods):
         first_index: int | Sequence[int],
         batch_size: int | None,
         settings: Mapping[str, Any],
+        on_draw: OnDraw | None = None,
     ) -> tuple[list[LatentDocument], list[str]]:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not all(isinstance(prompt, str) for prompt in prompts):
@@ -281,7 +286,7 @@ class Pipeline(EditMethods, StreamMethods):
         ]
         if not self.names:
             return blank, []
-        return self._write_latents(blank, chosen, batch)
+        return self._write_latents(blank, chosen, batch, on_draw=on_draw)
 
     def _blank(
         self, caption: str, seed: int, index: int, batch: int, chosen: Settings
@@ -303,6 +308,7 @@ class Pipeline(EditMethods, StreamMethods):
         chosen: Settings,
         batch: int,
         numbers: Sequence[int] | None = None,
+        on_draw: OnDraw | None = None,
     ) -> tuple[list[LatentDocument], list[str]]:
         """Fills in z; what is not valid is drawn again, with other random numbers, a few times.
 
@@ -315,6 +321,8 @@ class Pipeline(EditMethods, StreamMethods):
         pending = np.arange(len(blank))
         for attempt in range(MAX_DRAWS):
             for part in batches(pending, batch):
+                if on_draw is not None:
+                    on_draw()
                 ids, log_prob = self.runner.decode(
                     states,
                     part,

@@ -9,7 +9,7 @@ That is exact in the limit of many candidates only; `effective` says how many of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -64,6 +64,7 @@ def redraw(
     step: int,
     candidates: int,
     batch: int,
+    on_draw: Callable[[], None] | None = None,
 ) -> Redrawn:
     """Draws the latents `free` anew, given the caption and the others.
 
@@ -74,6 +75,7 @@ def redraw(
       latents: those that stay; others are not read.
       seed, index, step: decide all random numbers; `step` counts from 0.
       candidates: 1..256; more than one are drawn only where a kept latent follows a free one.
+      on_draw: is called before each batch is drawn; may raise to stop.
 
     Raises:
       UserError: nothing to draw, an unknown latent, or no room left beside the kept ones.
@@ -103,6 +105,8 @@ def redraw(
         opened = [written + heading for written in parts] if position else parts
         plan = _plan(runner.latent_length, opened, position, last, after, tables)
         for rows in batches(np.arange(candidates), batch):
+            if on_draw is not None:
+                on_draw()
             drawn, _ = runner.decode(
                 encoded,
                 np.zeros(len(rows), int),

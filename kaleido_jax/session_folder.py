@@ -127,10 +127,18 @@ def make_edit(
     document: LatentDocument,
     change: Change,
     on_step: Callable[[Any], None] | None = None,
+    on_draw: Callable[[], None] | None = None,
 ) -> tuple[UInt8[np.ndarray, "height width 3"], LatentDocument]:
-    """The picture and document after a change. Raises UserError if it cannot be made."""
+    """The picture and document after a change. Raises UserError if it cannot be made.
+
+    `on_step` is as in `Pipeline.render`, `on_draw` as in `Pipeline.draw_latents`.
+    """
     changed = pipe.edit_document(
-        document, list(change.step), seed=change.seed, candidates=change.candidates
+        document,
+        list(change.step),
+        seed=change.seed,
+        candidates=change.candidates,
+        on_draw=on_draw,
     )
     output = pipe.render(changed, seed=change.noise, batch_size=1, on_step=on_step)
     return output.images[0], output.documents[0]

@@ -327,6 +327,25 @@ def test_a_session_replays_to_the_same_bytes(session, run, tmp_path, capsys):
     assert "has its own edits" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", ["drawn", "drawn anew"])
+def test_a_job_ends_between_two_batches_of_latents(pipe, session, what):
+    told = []
+
+    def tell(report):
+        told.append(report.words)
+        if len(told) == 2:
+            raise worker.Stopped
+
+    if what == "drawn":
+        job = studio.draw_job(Request(PROMPT, 8, 5, pipe.defaults))
+    else:
+        change = Change((("resample", f"{COMBINED[0]},{COMBINED[-1]}"),))
+        job = studio.edit_job(session.pictures[0].document, change)
+    with pytest.raises(worker.Stopped):
+        job(studio.Engine(pipe), tell)
+    assert told == [studio.WRITING.words] * 2
+
+
 def test_the_archive_holds_the_folder(session, tmp_path):
     pytest.importorskip("gradio", reason="needs the extra 'ui'")
     from kaleido_jax.ui.handlers import archive

@@ -23,6 +23,7 @@ from kaleido_jax.ui.worker import ENDED, MAX_WAITING, Job, Pool, Report, Ticket,
 
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 POLL_SECONDS = 0.1
+WRITING = Report("writing the latents")
 WARM_CAPTION = "dawn: a red shape and a blue shape"
 
 
@@ -174,12 +175,12 @@ def draw_job(request: Request) -> Job:
     """Draws latents, then pictures; the result is an `Output`."""
 
     def job(engine: Engine, tell: Callable[[Report], None]) -> object:
-        tell(Report("writing the latents"))
         documents = engine.kaleido.draw_latents(
             request.caption,
             request.number,
             seed=request.seed,
             batch_size=request.batch_size,
+            on_draw=lambda: tell(WRITING),
             **request.options(),
         )
         steps = _Steps(tell, "drawing", request.number, request.batch_size)
@@ -192,17 +193,18 @@ def edit_job(document: LatentDocument, change: Change) -> Job:
     """Changes a document and draws it again; the result is (image, document)."""
 
     def job(engine: Engine, tell: Callable[[Report], None]) -> object:
-        tell(Report("writing the latents"))
         steps = _Steps(tell, "drawing", 1, 1)
-        return make_edit(engine.kaleido, document, change, steps)
+        return make_edit(engine.kaleido, document, change, steps, lambda: tell(WRITING))
 
     return job
 
 
 def _warm_redraw(engine: Engine, tell: Callable[[Report], None]) -> None:
-    (document,) = engine.kaleido.draw_latents(WARM_CAPTION, 1, batch_size=1)
-    tell(Report("writing the latents"))
-    engine.kaleido.resample(document, engine.kaleido.names[:1])
+    def on_draw() -> None:
+        tell(WRITING)
+
+    (document,) = engine.kaleido.draw_latents(WARM_CAPTION, 1, batch_size=1, on_draw=on_draw)
+    engine.kaleido.resample(document, engine.kaleido.names[:1], on_draw=on_draw)
 
 
 def compare_job(request: Request, weights: Sequence[float]) -> Job:
@@ -212,12 +214,14 @@ def compare_job(request: Request, weights: Sequence[float]) -> Job:
         batch = request.batch_size
         found: list[Compared] = []
         for name, pipe in (("baseline", engine.baseline), ("Kaleido", engine.kaleido)):
-            tell(Report(f"{name}: beginning"))
+            beginning = Report(f"{name}: beginning")
+            tell(beginning)  # a baseline may have no latents to draw
             documents = pipe.draw_latents(
                 request.caption,
                 request.number,
                 seed=request.seed,
                 batch_size=batch,
+                on_draw=lambda report=beginning: tell(report),
                 **request.options(),
             )
             for weight in weights:
