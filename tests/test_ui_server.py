@@ -133,6 +133,30 @@ def test_who_waits_leaves_room_for_the_others(tmp_path):
         studio.pool.close()
 
 
+def test_what_nobody_reads_is_not_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("kaleido_jax.ui.studio.LEASE_SECONDS", 1.0)
+    begun, go = threading.Event(), threading.Event()
+    studio = Studio([Engine(pipeline(COMBINED))], warm=False)
+    studio.pool.submit(lambda engine, tell: (begun.set(), go.wait(240)), "first")
+    assert begun.wait(60)
+    with Running(studio, tmp_path) as found:
+        client = gradio_client.Client(found.address, verbose=False)
+        reader = client.submit(caption=PROMPT, steps=2, api_name="/create")
+        body = {"data": [PROMPT, 1, None, 2, None, None, 0], "session_hash": "nobody"}
+        httpx.post(f"{found.address}gradio_api/call/create", json=body)
+        for waiting in (2, 1):  # the one whose answers are read stays
+            until = time.monotonic() + 60
+            while studio.pool.waiting() != waiting:
+                assert time.monotonic() < until, f"{studio.pool.waiting()} wait"
+                time.sleep(0.02)
+        time.sleep(1.5)
+        assert studio.pool.waiting() == 1 and not reader.done()
+        reader.cancel()
+        client.close()
+        go.set()
+    studio.pool.close()
+
+
 def test_programs_create_and_edit(running):
     client = gradio_client.Client(running.address, verbose=False)
     drawn = client.predict(caption=PROMPT, number=2, seed=5, api_name="/create")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import AsyncIterator
 from typing import Any
@@ -48,13 +49,15 @@ def add_endpoints(studio: Studio) -> None:
                 seed=seed,
             )
             ticket = studio.pool.submit(draw_job(wanted), _owner(request))
-            async for state in _states(ticket):
+            async for state in _states(ticket, studio):
                 yield state
             output = ticket.result()
         except (UserError, Stopped) as error:
             raise _told(error) from None
-        pairs = zip(output.images, output.documents, strict=True)
-        yield {"state": "done", "pictures": [_picture(*pair) for pair in pairs]}
+        pictures = await asyncio.to_thread(
+            lambda: list(map(_picture, output.images, output.documents))
+        )
+        yield {"state": "done", "pictures": pictures}
 
     async def edit(
         request: gr.Request,
@@ -69,12 +72,12 @@ def add_endpoints(studio: Studio) -> None:
             bounds.check_document(before, studio.defaults, studio.names)
             change = bounds.check_step(before, step, names=studio.names, seed=seed, noise=noise)
             ticket = studio.pool.submit(edit_job(before, change), _owner(request))
-            async for state in _states(ticket):
+            async for state in _states(ticket, studio):
                 yield state
             made = ticket.result()
         except (UserError, Stopped) as error:
             raise _told(error) from None
-        yield {"state": "done", "pictures": [_picture(*made)]}
+        yield {"state": "done", "pictures": [await asyncio.to_thread(_picture, *made)]}
 
     for name, function in (("create", create), ("edit", edit)):
         gr.api(function, api_name=name, concurrency_limit=None)
@@ -86,8 +89,8 @@ def _owner(request: gr.Request) -> str:
     return request.session_hash
 
 
-async def _states(ticket: Ticket) -> AsyncIterator[dict[str, Any]]:
-    async for view in watch(ticket):
+async def _states(ticket: Ticket, studio: Studio) -> AsyncIterator[dict[str, Any]]:
+    async for view in watch(ticket, studio.unread):
         if view.state not in ENDED:
             report = view.report
             yield {

@@ -143,7 +143,7 @@ class Handlers:
     async def _follow(self, ticket: Ticket) -> AsyncIterator[tuple[str, Any]]:
         """(status, previews) until the ticket has ended; previews are sent once each."""
         sent: Any = ""
-        async for view in watch(ticket):
+        async for view in watch(ticket, self._studio.unread):
             if view.state in (DONE, CANCELLED):
                 continue
             preview = None if view.report is None else view.report.preview

@@ -166,6 +166,13 @@ def build(studio: Studio, uploads: str, token: str | None) -> Guard:
     # A request holds one of gradio's places while it waits, and events need some beside.
     page.blocks.max_threads = studio.pool.capacity + EVENTS
     page.blocks.queue(default_concurrency_limit=4, max_size=256)
+    answers = page.blocks._queue.pending_messages_per_session  # gradio has no public way to it
+
+    def unread(key: str) -> object | None:
+        kept = answers.get(key)
+        return None if kept is None or kept.empty() else kept._queue[0]
+
+    studio.unread = unread
 
     def known(name: str, given: str) -> bool:
         return hmac.compare_digest(given.encode(), (token or "").encode())

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import os
 import pathlib
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import jax
@@ -19,7 +20,17 @@ from kaleido_jax.latents import LatentDocument
 from kaleido_jax.session_folder import Change, Picture, make_edit
 from kaleido_jax.ui.bounds import BATCH, Request
 from kaleido_jax.ui.sessions import Session, Sessions
-from kaleido_jax.ui.worker import ENDED, MAX_WAITING, Job, Pool, Report, Ticket, View
+from kaleido_jax.ui.worker import (
+    ENDED,
+    LEASE_SECONDS,
+    MAX_WAITING,
+    Job,
+    Pool,
+    Report,
+    Stopped,
+    Ticket,
+    View,
+)
 
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 POLL_SECONDS = 0.1
@@ -89,7 +100,10 @@ class Studio:
       size: side of its pictures.
       can_compare: whether there is a baseline.
       config, checkpoint: of the model, and its hash.
+      unread: for a key, the next of the answers that nobody has read yet; None if there is none.
     """
+
+    unread: Callable[[str], object | None] = staticmethod(lambda key: None)
 
     def __init__(self, engines: Sequence[Engine], *, warm: bool = True, waiting: int = MAX_WAITING):
         """Starts a worker for each engine; `warm` compiles the usual programs meanwhile."""
@@ -127,11 +141,25 @@ class Studio:
         return self.pool.submit(compare_job(request, weights), session.key)
 
 
-async def watch(ticket: Ticket) -> AsyncIterator[View]:
-    """A ticket's views until it has ended; if the watcher goes away, so does the job."""
-    last = None
+async def watch(
+    ticket: Ticket, unread: Callable[[str], object | None] = Studio.unread
+) -> AsyncIterator[View]:
+    """A ticket's views until it has ended; if the watcher goes away, so does the job.
+
+    Args:
+      unread: as in `Studio`. An answer that stays unread for a lease means that nobody watches.
+
+    Raises:
+      Stopped: nobody watches.
+    """
+    last, first, since = None, None, time.monotonic()
     try:
         while True:
+            answer = unread(ticket.owner)
+            if answer is None or answer is not first:
+                first, since = answer, time.monotonic()
+            elif time.monotonic() - since > LEASE_SECONDS:
+                raise Stopped
             view = ticket.look()
             if view != last:
                 yield view

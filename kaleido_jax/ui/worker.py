@@ -3,7 +3,7 @@
 A job is a function of (engine, tell). It calls `tell` at every step; that call raises `Stopped`
 once nobody wants the result any more, so a job ends within the steps between two calls (two
 denoising steps, `runner.PREVIEW_EVERY`). Nobody wants it once the ticket was cancelled, or was not
-looked at for `lease` seconds: a browser that is gone stops looking.
+looked at for `lease` seconds.
 """
 
 from __future__ import annotations
