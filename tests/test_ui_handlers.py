@@ -63,8 +63,9 @@ async def edited(handlers, name, redraw=(), noise=None, **strings):
     return (await last(asked))[0]
 
 
-def test_people_do_not_see_each_other(handlers):
-    captions = {f"user {i}": f"{PROMPT}, number {i}" for i in range(4)}
+@pytest.mark.parametrize("users", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_people_do_not_see_each_other(handlers, users):
+    captions = {f"user {i} of {users}": f"{PROMPT}, number {i}" for i in range(users)}
 
     async def everybody():
         await asyncio.gather(

@@ -268,7 +268,7 @@ def test_who_goes_away_frees_the_device_within_two_steps(tmp_path, how):
     studio.pool.close()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_twenty_people_at_once(running, studio):
     pipe = pipeline(COMBINED)
     wanted = {}

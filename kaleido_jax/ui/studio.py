@@ -34,6 +34,8 @@ from kaleido_jax.ui.worker import (
 
 ASSETS = pathlib.Path(__file__).resolve().parent.parent / "assets"
 POLL_SECONDS = 0.1
+# A view is told again when it is this old: gradio notices at an answer that nobody is there.
+REPEAT_SECONDS = 1.0
 WRITING = Report("writing the latents")
 WARM_CAPTION = "dawn: a red shape and a blue shape"
 
@@ -152,16 +154,17 @@ async def watch(
     Raises:
       Stopped: nobody watches.
     """
-    last, first, since = None, None, time.monotonic()
+    last, told, first, since = None, 0.0, None, time.monotonic()
     try:
         while True:
-            answer = unread(ticket.owner)
+            now, answer = time.monotonic(), unread(ticket.owner)
             if answer is None or answer is not first:
-                first, since = answer, time.monotonic()
-            elif time.monotonic() - since > LEASE_SECONDS:
+                first, since = answer, now
+            elif now - since > LEASE_SECONDS:
                 raise Stopped
             view = ticket.look()
-            if view != last:
+            if view != last or now - told > REPEAT_SECONDS:
+                told = now
                 yield view
             if view.state in ENDED:
                 return
