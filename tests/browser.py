@@ -33,10 +33,18 @@ class Visitor:
         self.driver, self.address = driver, address
 
     def open(self, width=1280, height=1000, dark=False):
+        self.leave()
         size = dict(width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         self.driver.get(self.address + ("?__theme=dark" if dark else ""))
         self.wait("#k-draw")
+
+    def leave(self):
+        """Goes away; no script may have failed until then. That streams break off is no failure."""
+        severe = [line for line in self.driver.get_log("browser") if line["level"] == "SEVERE"]
+        assert not severe, severe
+        self.driver.get("about:blank")
+        self.driver.get_log("browser")
 
     def wait(self, css, count=1):
         """The elements that can be seen, once there are `count`."""
