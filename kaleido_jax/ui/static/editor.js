@@ -159,8 +159,13 @@ function focusChosen() {
 function sketch(shape, group) {
   outline(shape, group, 'k-casing');
   outline(shape, group, 'k-line');
-  const [x, y] = shape.numbers;
-  const label = make('text', {x: Math.min(x + 8, 700), y: Math.max(y + 34, 34)}, group);
+  // At the end that is farther from the middle, so that 24 letters have room at any width.
+  const [x, y] = shape.numbers, end = shape.name === 'bbox' ? shape.numbers[2] : x;
+  const right = x + end > 1000;
+  const label = make('text', {
+    x: right ? Math.max(end - 26, 610) : Math.min(x + 26, 390),
+    y: Math.min(y + 50, 985), 'text-anchor': right ? 'end' : 'start',
+  }, group);
   label.textContent = shape.phrase.length > 24 ? shape.phrase.slice(0, 22) + '…' : shape.phrase;
 }
 
