@@ -186,6 +186,7 @@ def test_a_failed_export_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_loader_of_the_docs_draws_the_same(tmp_path):
     """The code block of docs/weights.md, run as it stands, beside the pipeline."""
     text = (ROOT / "docs" / "weights.md").read_text("utf-8")

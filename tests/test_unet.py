@@ -162,6 +162,7 @@ def test_micro_conditions_default_and_saturate(params):
         predict(INNER, params, *args, {"size": jnp.ones(2)})
 
 
+@pytest.mark.slow
 def test_remat_keeps_values_and_gradients(params):
     args = inputs(INNER)
 

@@ -144,6 +144,7 @@ def test_what_does_not_fit_is_listed(weights, tmp_path):
         warm_start.warm_start({}, None, [str(weights / "t5")])
 
 
+@pytest.mark.slow
 def test_a_run_at_low_resolution_goes_on_inside_a_nested_network(tmp_path):
     """Progressive training (App. B.2): parameters and average of the workdir, each to its own."""
     low = tiny_config("data.image_size=16")

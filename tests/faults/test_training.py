@@ -201,6 +201,7 @@ def test_a_changed_config_is_shown_field_by_field_and_needs_a_flag(tmp_path, mon
 # ---- row 12 --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_hung_loader_ends_with_stacks(tmp_path):
     workdir, log = tmp_path / "run", tmp_path / "run.log"
     config = tmp_path / "hanging.py"
