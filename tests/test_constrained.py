@@ -54,8 +54,17 @@ def test_a_hundred_latents_parse(names):
         assert kept == document.latents
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("names", KINDS, ids="+".join)
+@pytest.mark.parametrize(
+    "names",
+    [
+        # The longest of the grounded ones and the combination in .ci/run; all with `-m long`.
+        pytest.param(
+            kind, marks=pytest.mark.slow if kind in (KINDS[-1], ("blob",)) else pytest.mark.long
+        )
+        for kind in KINDS
+    ],
+    ids="+".join,
+)
 def test_a_thousand_latents_of_each_kind_parse(names):
     check(names, 1000)
     check(names, 200, temperature=3.0, top_p=0.5)

@@ -437,7 +437,7 @@ def test_a_demo_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long  # .ci/run runs the same as a command
 def test_quick_demo_from_end_to_end(tmp_path):
     lines: list[str] = []
     out = tmp_path / "demo"

@@ -86,9 +86,15 @@ def test_every_latent_parses_whatever_the_length(names, kind):
     check(vocabulary, names, draw(vocabulary, laid, lengths, liking(vocabulary, kind), 100))
 
 
-@pytest.mark.slow
 @t5_pieces.needs_table
-@pytest.mark.parametrize("names", KINDS, ids="+".join)
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(kind, marks=pytest.mark.slow if kind == KINDS[-1] else pytest.mark.long)
+        for kind in KINDS
+    ],
+    ids="+".join,
+)
 def test_t5_pieces_too(names):
     vocabulary, laid = tables(names, "t5")
     lengths = (laid.shortest, laid.shortest + 4, 64)

@@ -379,7 +379,7 @@ def test_nothing_else_escapes(name: str, data: st.DataObject) -> None:
     check_nothing_else_escapes(name, data)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", MODULES)
 @thorough
@@ -388,7 +388,7 @@ def test_round_trip_thoroughly(name: str, data: st.DataObject) -> None:
     check_round_trip(name, data)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", MODULES)
 @thorough

@@ -288,7 +288,7 @@ def test_nothing_else_escapes(data: st.DataObject) -> None:
     check_nothing_else_escapes(data)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @thorough
 @given(st.data())
