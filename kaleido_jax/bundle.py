@@ -51,12 +51,16 @@ FREE_FIELDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """Config, parameters (averaged, where they come from training), vocabulary and their hash."""
+    """Config, parameters (averaged, where they come from training), vocabulary and their hash.
+
+    `step` is that of the training's checkpoint, None for an export.
+    """
 
     config: ConfigDict
     params: Params
     vocabulary: Vocabulary
     fingerprint: str
+    step: int | None = None
 
 
 def make_vocabulary(config: ConfigDict) -> Vocabulary:
@@ -218,11 +222,11 @@ def load(folder: str | os.PathLike, step: int | None = None) -> Bundle:
     vocabulary = Vocabulary.from_file(str(tokenizer), num_vokens=config.vocabulary.num_vokens)
     if (folder / WEIGHTS).is_file():
         params = traverse.unflatten_dict(read_tensors(folder), sep="/")
-        params, fingerprint = _as_computed(params), checkpoint.manifest_hash(folder)
+        params, fingerprint, step = _as_computed(params), checkpoint.manifest_hash(folder), None
     else:
-        params, fingerprint = _read_checkpoint(folder, step)
+        params, fingerprint, step = _read_checkpoint(folder, step)
         config, params = plain_model(config, params)
-    return Bundle(config, params, vocabulary, fingerprint)
+    return Bundle(config, params, vocabulary, fingerprint, step)
 
 
 def plain_model(config: ConfigDict, params: Params) -> tuple[ConfigDict, Params]:
@@ -301,7 +305,7 @@ def _as_computed(tree: Any) -> Any:
 
 def _read_checkpoint(
     folder: pathlib.Path, step: int | None, average: bool = True
-) -> tuple[dict[str, Any], str]:
+) -> tuple[dict[str, Any], str, int]:
     checkpoints = checkpoint.Checkpoints(folder)
     if step is None:
         step = checkpoints.newest_whole()
@@ -313,4 +317,4 @@ def _read_checkpoint(
     trained = "ema" if average else "params"
     state = checkpoints.restore(step, {name: shapes[name] for name in (trained, "frozen")})
     fingerprint = checkpoint.manifest_hash(checkpoints.step_folder(step))
-    return trainable.merge(state[trained], quantize.restore(state["frozen"])), fingerprint
+    return trainable.merge(state[trained], quantize.restore(state["frozen"])), fingerprint, step

@@ -100,6 +100,13 @@ def add_evaluate(verbs: argparse._SubParsersAction, name: str) -> argparse.Argum
         "--per-caption", type=arguments.whole(1), default=1, metavar="N", help="pictures of each"
     )
     parser.add_argument(
+        "--per-latent",
+        type=arguments.whole(1),
+        default=1,
+        metavar="N",
+        help="of the pictures of a caption, how many share a z",
+    )
+    parser.add_argument(
         "--batch-size", type=arguments.whole(1, 10_000), default=50, metavar="B", help="default: 50"
     )
     parser.add_argument(
@@ -151,6 +158,7 @@ def evaluate(args: argparse.Namespace) -> None:
         metrics=args.metrics,
         detectors=None if args.detector is None else tuple(args.detector),
         per_caption=args.per_caption,
+        per_latent=args.per_latent,
         batch_size=args.batch_size,
         shard=args.shard or (jax.process_index(), jax.process_count()),
         ceiling=args.ceiling,

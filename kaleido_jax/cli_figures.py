@@ -11,11 +11,13 @@ from kaleido_jax import cli_arguments as arguments
 from kaleido_jax.cli_evaluate import several
 from kaleido_jax.errors import UserError
 
-KINDS = ("toy", "guidance", "diversity", "control", "editing")
+KINDS = ("toy", "guidance", "steps", "table", "diversity", "control", "editing")
 # What each figure reads besides --out and --seed.
 TAKES = {
     "toy": ("quick",),
     "guidance": ("results", "metrics"),
+    "steps": ("results", "metrics"),
+    "table": ("results", "metrics"),
     "diversity": ("checkpoint", "baseline", "prompt", "guidance", "setting"),
     "control": ("checkpoint", "prompt", "num", "setting"),
     "editing": ("checkpoint", "prompt", "document", "script", "setting"),
@@ -32,12 +34,15 @@ def add_figures(verbs: argparse._SubParsersAction, name: str) -> argparse.Argume
         kaleido figures toy                       # Figure 3: trains two small models, minutes
         kaleido figures guidance --results evaluation/results.jsonl                  # Figure 5
         kaleido figures guidance --results evaluation/results.jsonl --metrics fid,recall_3,tv
+        kaleido figures steps --results evaluation/results.jsonl --metrics box_iou,hue
+        kaleido figures table --results evaluation/results.jsonl --metrics fid,recall_3
         kaleido figures diversity --checkpoint runs/k --baseline runs/b      # Figures 1 and 7
         kaleido figures control --checkpoint runs/k                                 # Figure 6
         kaleido figures editing --checkpoint runs/k                          # Figures 8 and 14
         kaleido figures editing --checkpoint runs/k --document out/000000.png --script edits.jsonl
 
         Writes NAME.svg, NAME.png and NAME.csv into the folder; files of these names are replaced.
+        `table` writes table.md and table.csv and prints the former; `steps` is over training steps.
         """,
     )
     parser.add_argument("kind", choices=KINDS, metavar="|".join(KINDS), help="which figure")
@@ -80,13 +85,13 @@ def add_figures(verbs: argparse._SubParsersAction, name: str) -> argparse.Argume
         type=pathlib.Path,
         action="append",
         metavar="FILE",
-        help="guidance: results of `kaleido evaluate`; several may be",
+        help="guidance, steps, table: results of `kaleido evaluate`; several may be",
     )
     parser.add_argument(
         "--metrics",
         type=several(str),
         metavar="A,B",
-        help="guidance: keys of the results' metrics or adherence (default: fid,recall_3)",
+        help="of these: keys of the results' metrics or adherence (default: fid,recall_3)",
     )
     parser.add_argument(
         "--document", type=pathlib.Path, metavar="FILE", help="editing: a document or picture"
@@ -112,16 +117,22 @@ def figures(args: argparse.Namespace) -> None:
     for name in dict.fromkeys(name for names in TAKES.values() for name in names):
         if getattr(args, name) is not None and name not in takes:
             raise UserError(f"figures {args.kind}: --{name} has no meaning for it")
-    if args.kind == "guidance" and not args.results:
-        raise UserError("figures guidance: name results with --results FILE")
+    if "results" in takes and not args.results:
+        raise UserError(f"figures {args.kind}: name results with --results FILE")
     for name in ("checkpoint", "baseline"):
         if name in takes:
             if getattr(args, name) is None:
                 raise UserError(f"figures {args.kind}: --{name} DIR is needed")
             arguments.need_folder(getattr(args, name), f"--{name}")
-    from kaleido_jax.figures import run
+    from kaleido_jax.figures import guidance, run
 
-    for path in run.write(args.out, args.kind, _draw(args)):
+    if args.kind == "table":
+        metrics = args.metrics or guidance.METRICS
+        text, paths = run.write_table(args.out, args.results, metrics)
+        print(text)
+    else:
+        paths = run.write(args.out, args.kind, _draw(args))
+    for path in paths:
         print(path)
 
 
@@ -131,8 +142,9 @@ def _draw(args: argparse.Namespace) -> Any:
     settings = dict(args.setting or ())
     if args.kind == "toy":
         return run.toy(bool(args.quick), args.seed, lambda line: print(line, file=sys.stderr))
-    if args.kind == "guidance":
-        return run.guidance_curves(args.results, args.metrics or guidance.METRICS)
+    if args.kind in ("guidance", "steps"):
+        along = "step" if args.kind == "steps" else "guidance"
+        return run.curves(args.results, args.metrics or guidance.METRICS, along)
     models = {"baseline": args.baseline} if args.kind == "diversity" else {}
     pipes = run.open_pipes({**models, "kaleido": args.checkpoint})
     pipe = pipes["kaleido"]

@@ -59,6 +59,7 @@ class Pipeline(EditMethods, StreamMethods):
       runner: its compiled stages on the mesh.
       model_hashes: the fields of a document that say which model made it.
       checkpoint_hash: of the checkpoint or export, as in its documents.
+      step: of the training's checkpoint, None for an export.
     """
 
     def __init__(self, bundle: bundle_lib.Bundle, mesh: Mesh | None = None):
@@ -71,6 +72,7 @@ class Pipeline(EditMethods, StreamMethods):
         self.defaults = Settings.of_config(config)
         self.names = tuple(config.latents)
         self.checkpoint_hash = bundle.fingerprint.replace(" ", "-")
+        self.step = bundle.step
         self._vocabulary = bundle.vocabulary
         self.model_hashes = {
             "model_config_hash": config_lib.fingerprint(config),
@@ -100,9 +102,10 @@ class Pipeline(EditMethods, StreamMethods):
         return cls(bundle_lib.load(folder), mesh)
 
     def describe(self) -> dict[str, Any]:
-        """Hashes of checkpoint and config, the latents, and the decay of averaged parameters."""
+        """Hashes of checkpoint and config, its step, the latents, the decay of the averages."""
         return {
             **self.model_hashes,
+            "step": self.step,
             "latents": list(self.names),
             "ema_decay": self.config.optim.ema_decay,
         }

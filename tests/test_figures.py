@@ -20,12 +20,13 @@ from tests.test_generate import _bundle, _config
 def result(name: str, weight: float | None, seed: int, value: float, **more) -> dict:
     subject = "model" if name not in ("truth", "theory") else name
     return {
-        "id": f"{name}{weight}{seed}",
+        "id": f"{name}{weight}{seed}{sorted(more)}{more.get('step')}",
         "name": name if subject == "model" else "",
         "subject": subject,
         "guidance_weight": weight,
         "seed": seed,
-        "settings": {"guidance_weight": weight, "num_steps": 25},
+        "samples": 10,
+        "settings": {"guidance_weight": weight, "num_steps": 25, "cads_scale": 0.0},
         "protocol": {"name": "quick", "samples": 10},
         "feature": {"name": "shapes"},
         "references": {"hash": "x"},
@@ -92,11 +93,57 @@ def test_results_that_cannot_be_compared_are_refused(tmp_path, change, what):
         guidance.rows([path], ("fid",))
 
 
+def test_steps_are_a_line_for_each_guidance(tmp_path):
+    path = results_file(
+        tmp_path,
+        *(
+            result("kaleido", weight, 7, step / weight, step=step)
+            for weight in (2.0, 8.0)
+            for step in (1000, 500)
+        ),
+    )
+    table = guidance.rows([path], ("fid",), "step")
+    # What names no step is left out, but for the ceiling.
+    assert [(r["model"], r["guidance"], r["step"], r["value"]) for r in table] == [
+        ("kaleido", 2.0, 500, 250.0),
+        ("kaleido", 2.0, 1000, 500.0),
+        ("kaleido", 8.0, 500, 62.5),
+        ("kaleido", 8.0, 1000, 125.0),
+        ("truth", None, None, 1.0),
+    ]
+    (axes,) = guidance.draw(table, "step").axes
+    drawn = {bars.get_label(): bars.lines[0].get_xdata().tolist() for bars in axes.containers}
+    assert drawn == {"kaleido, guidance 2": [500, 1000], "kaleido, guidance 8": [500, 1000]}
+    words = f"figures steps --results {path} --metrics hue --out {tmp_path / 'out'}"
+    assert cli.main(words.split()) == 0
+    assert {row["step"] for row in read(tmp_path / "out" / "steps.csv")} == {"500", "1000", ""}
+
+
+def test_table_shows_what_differs(tmp_path, capsys):
+    """Results of other settings stand in one table; equal settings are not shown."""
+    other = {"guidance_weight": 8.0, "num_steps": 25, "cads_scale": 0.1}
+    more = result("kaleido", 8.0, 5, 2.0, settings=other, samples=20)
+    path = results_file(tmp_path, more)
+    words = f"figures table --results {path} --metrics fid,hue --out {tmp_path / 'out'}"
+    assert cli.main(words.split()) == 0
+    printed = capsys.readouterr().out
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert printed.startswith(text)
+    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert found[0] == ["model", "guidance_weight", "cads_scale", "seeds", "samples", "fid", "hue"]
+    assert found[3] == ["kaleido", "1", "0", "0 1", "10", "4.5 (3 to 6)", "0.9 (0.8 to 1)"]
+    assert found[-1][:6] == ["kaleido", "8", "0.1", "5", "20", "2 (1 to 3)"]
+    row = read(tmp_path / "out" / "table.csv")[1]
+    assert (row["fid"], row["fid_low"], row["fid_high"]) == ("4.5", "3", "6")
+
+
 def test_misuse_of_figures(tmp_path, capsys):
     path = results_file(tmp_path)
     for words, line in (
         (f"guidance --results {path} --metrics recal", "no result has the metric 'recal'"),
         ("guidance", "name results with --results"),
+        ("table", "figures table: name results with --results"),
+        (f"table --results {path} --metrics recal", "no result has the metric 'recal'"),
         ("toy --num 3", "--num has no meaning"),
         ("control", "--checkpoint DIR is needed"),
         (f"guidance --results {tmp_path / 'none'}", "no results of"),

@@ -94,9 +94,20 @@ def test_scores_of_known_sets():
 
 def test_similarity_counts_pairs_of_one_caption():
     rows = np.array([[1, 0], [0, 2], [1, 1], [3, 0], [5, 5]])
-    found = diversity.similarity_within(rows, ["a", "a", "b", "a", "c"])
+    captions = ["a", "a", "b", "a", "c"]
+    found, same, other = diversity.similarity_within(rows, captions)
     # Caption a: cosines 0, 1 and 0; b and c have no pair.
-    assert np.allclose(found, [1 / 3])
+    assert np.allclose(found, [1 / 3]) and not len(same) and not len(other)
+
+
+def test_similarity_is_split_by_latents():
+    rows = np.array([[1, 0], [0, 2], [1, 1], [3, 0], [5, 5]])
+    captions, root = ["a", "a", "a", "a", "b"], np.sqrt(0.5)
+    found, same, other = diversity.similarity_within(rows, captions, ["y", "z", "z", "y", "z"])
+    # y: rows 0 and 3, cosine 1; z: rows 1 and 2; the same z of another caption is no pair.
+    assert np.allclose(same, [(1 + root) / 2])
+    assert np.allclose(other, [(0 + root + 0 + root) / 4])
+    assert np.allclose(found, [(1 + root + 2 * root) / 6])
 
 
 def test_intervals_cover_and_are_seeded():

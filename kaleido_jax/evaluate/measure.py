@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,7 @@ METRICS = {
 }
 Say = Callable[[str], None]
 Entries = dict[str, dict[str, Any]]
+Groups = tuple[Sequence[str], Sequence[str]]  # caption and z of each picture
 
 
 def choose(names: Sequence[str] | None, feature: Feature, data: str) -> tuple[str, ...]:
@@ -57,7 +59,7 @@ def by_features(
     names: Sequence[str],
     features: Rows,
     logits: Rows,
-    captions: Sequence[str],
+    groups: Groups,
     references: References,
     protocol: Protocol,
     seed: int,
@@ -95,9 +97,11 @@ def by_features(
         say(f"Vendi score, {draws} resamples")
         found["vendi"] = entry(*interval_of(lambda c: diversity.vendi_score(features, c)), count)
     if "similarity" in names:
-        pairs = diversity.similarity_within(features, captions)
-        value = bootstrap.of_mean(pairs, draws, seed)
-        found["similarity"] = entry(*value, count, captions=len(pairs))
+        of = diversity.similarity_within(features, *groups)
+        for name, pairs in zip(("", "_same_z", "_other_z"), of, strict=True):
+            if len(pairs):
+                value = bootstrap.of_mean(pairs, draws, seed)
+                found[f"similarity{name}"] = entry(*value, count, captions=len(pairs))
     return found
 
 
@@ -108,14 +112,16 @@ def by_reading(
     weight: float,
     draws: int,
     seed: int,
-) -> tuple[Entries, Entries, dict[str, Any], list[str]]:
-    """Entries of modes and of adherence, the tables of modes, and the captions of all pictures."""
+) -> tuple[Entries, Entries, dict[str, Any], Groups]:
+    """Entries of modes and of adherence, the tables of modes, caption and z of all pictures."""
     captions: list[str] = []
+    latents: list[str] = []
     judged: list[adherence.Found] = []
     read: dict[str, list[np.ndarray]] = {}
     for images, documents in pictures:
         texts = [document.caption for document in documents]
         captions += texts
+        latents += [json.dumps(dict(document.latents)) for document in documents]
         if "adherence" in names:
             judged += [detector.judge(images, documents) for detector in detectors]
         if "tv" in names:
@@ -129,4 +135,4 @@ def by_reading(
         name: entry(*bootstrap.of_mean(np.array(values), draws, seed), len(values))
         for name, values in adherence.merge(judged).items()
     }
-    return found, followed, tables, captions
+    return found, followed, tables, (captions, latents)

@@ -42,7 +42,8 @@ class Request:
       settings: other sampling settings. data: other values of `data.source`.
       feature: for FEATURES; "" for `shapes` on shapes. metrics: names, None for all.
       detectors: for DETECTORS; None for those of the data.
-      per_caption: pictures of each caption. batch_size: pictures at once.
+      per_caption: pictures of each caption. per_latent: of these, how many share a z.
+      batch_size: pictures at once.
       shard: (i, n), this process makes every n-th part from the i-th.
       ceiling, theory: also measure true pictures, and those of a perfect guided model.
       model: False leaves the model out.
@@ -61,6 +62,7 @@ class Request:
     metrics: tuple[str, ...] | None = None
     detectors: tuple[str, ...] | None = None
     per_caption: int = 1
+    per_latent: int = 1
     batch_size: int = 50
     shard: tuple[int, int] = (0, 1)
     ceiling: bool = False
@@ -99,9 +101,9 @@ def _subjects(
     for seed in request.seeds if request.model else ():
         for weight in weights:
             settings = {**request.settings, "guidance_weight": weight}
-            found.append(
-                (Model(pipe, data, settings, seed, request.per_caption, request.batch_size), weight)
-            )
+            each = request.per_caption, request.per_latent
+            model = Model(pipe, data, settings, seed, *each, request.batch_size)
+            found.append((model, weight))
     if request.ceiling:
         data.check_apart(
             max(request.protocol.references, request.protocol.neighbours), request.protocol.samples
@@ -191,7 +193,7 @@ class _Evaluation:
         begun: float,
     ) -> None:
         request, names, draws = self._request, self._names, self._request.protocol.bootstrap
-        found, followed, tables, captions = measure.by_reading(
+        found, followed, tables, groups = measure.by_reading(
             names,
             pictures,
             self._detectors,
@@ -209,7 +211,7 @@ class _Evaluation:
                 names,
                 features,
                 logits,
-                captions,
+                groups,
                 references,
                 request.protocol,
                 BOOTSTRAP_SEED,

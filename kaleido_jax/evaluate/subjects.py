@@ -49,11 +49,18 @@ class Model:
         settings: dict[str, Any],
         seed: int,
         per_caption: int,
+        per_latent: int,
         batch_size: int,
     ):
         """Checks the settings; raises UserError where they are out of bounds."""
+        if per_caption % per_latent:
+            raise UserError(
+                f"{per_caption} pictures of each caption cannot be {per_latent} of each latent"
+                " (--per-caption must be a multiple of --per-latent)"
+            )
         self._pipe, self._data, self._settings = pipe, data, settings
         self._seed, self._each, self._batch = seed, per_caption, batch_size
+        self._same = per_latent
         chosen = pipe.defaults.replace(settings)
         self.label = f"guidance {chosen.guidance_weight:g}, seed {seed}"
         self.identity = {
@@ -64,18 +71,24 @@ class Model:
             "captions": data.describe(),
             "data": data.fingerprint(),
             "per_caption": per_caption,
+            "per_latent": per_latent,
             "batch_size": batch_size,
         }
 
     def draw(self, numbers: Sequence[int]) -> Drawn:
-        captions = [self._data.held_out(i // self._each)["caption"] for i in numbers]
-        documents = self._pipe.draw_latents(
-            captions,
+        # z has the random numbers of the first picture that it is drawn for.
+        firsts = list(dict.fromkeys(i - i % self._same for i in numbers))
+        drawn = self._pipe.draw_latents(
+            [self._data.held_out(i // self._each)["caption"] for i in firsts],
             seed=self._seed,
-            first_index=list(numbers),
+            first_index=firsts,
             batch_size=self._batch,
             **self._settings,
         )
+        latents = dict(zip(firsts, drawn, strict=True))
+        documents = [
+            dataclasses.replace(latents[i - i % self._same], sample_index=i) for i in numbers
+        ]
         output = self._pipe.render(documents, batch_size=self._batch)
         return output.images, output.documents
 

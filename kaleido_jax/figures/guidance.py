@@ -1,4 +1,7 @@
-"""Figure 5: FID and recall against the guidance weight, from results of `kaleido evaluate`."""
+"""Figure 5: FID and recall against the guidance weight, from results of `kaleido evaluate`.
+
+Or against the training step, which shows what longer training would bring.
+"""
 
 from __future__ import annotations
 
@@ -19,28 +22,34 @@ _OTHERS = ("#7b3294", "#1b7837", "#b2182b")
 _LABELS = {"fid": "FID", "tv": "total variation to the true modes", "is": "Inception score"}
 
 
-def rows(paths: Sequence[pathlib.Path], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each model, metric and guidance weight.
+def rows(
+    paths: Sequence[pathlib.Path], metrics: Sequence[str], along: str = "guidance"
+) -> list[dict[str, Any]]:
+    """A row for each model, metric, guidance weight and training step.
 
-    Keys: model ("truth" and "theory" among them), metric, guidance (None for the truth), value (the
-    mean over seeds), low and high (the lowest and highest end of the seeds' intervals), seeds,
-    samples, feature, references, latents. A metric is a key of a result's `metrics` or `adherence`.
+    Keys: model ("truth" and "theory" among them), metric, guidance (None for the truth), step (of
+    training; None where a result names none), value (the mean over seeds), low and high (the lowest
+    and highest end of the seeds' intervals), seeds, samples, feature, references, latents. A metric
+    is a key of a result's `metrics` or `adherence`.
+
+    Args:
+      along: 'guidance', or 'step' to leave out models whose step is not known.
 
     Raises:
       UserError: no results, no such metric, or results that cannot be compared because protocol,
         feature, references or settings differ.
     """
-    results = [result for path in paths for result in read_results(path)]
-    if not results:
-        raise UserError(f"{', '.join(map(str, paths))}: no results of `kaleido evaluate`")
+    results = open_results(paths)
     _check_alike(results)
+    if along == "step":
+        results = [r for r in results if r.get("step") is not None or r["subject"] == "truth"]
     found: dict[tuple, list[dict[str, Any]]] = {}
     for result in results:
         name = result["name"] or result["subject"]
         for metric in metrics:
             entry = {**result["metrics"], **result["adherence"]}.get(metric)
             if entry is not None and entry["value"] is not None:
-                key = metric, name, result["guidance_weight"]
+                key = metric, name, result["guidance_weight"], result.get("step")
                 found.setdefault(key, []).append(entry | {"result": result})
     for metric in metrics:
         if not any(key[0] == metric for key in found):
@@ -49,17 +58,28 @@ def rows(paths: Sequence[pathlib.Path], metrics: Sequence[str]) -> list[dict[str
     return [_row(*key, entries) for key, entries in sorted(found.items(), key=_order)]
 
 
+def open_results(paths: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
+    """All results of the files; UserError where there is none."""
+    results = [result for path in paths for result in read_results(path)]
+    if not results:
+        raise UserError(f"{', '.join(map(str, paths))}: no results of `kaleido evaluate`")
+    return results
+
+
 def _order(item: tuple) -> tuple:
-    metric, name, weight = item[0]
-    return metric, name, -1.0 if weight is None else weight
+    metric, name, weight, step = item[0]
+    return metric, name, -1.0 if weight is None else weight, -1 if step is None else step
 
 
-def _row(metric: str, name: str, weight: float | None, entries: list[dict]) -> dict[str, Any]:
+def _row(
+    metric: str, name: str, weight: float | None, step: int | None, entries: list[dict]
+) -> dict[str, Any]:
     result = entries[0]["result"]
     return {
         "model": name,
         "metric": metric,
         "guidance": weight,
+        "step": step,
         "value": float(np.mean([entry["value"] for entry in entries])),
         "low": min(entry["low"] for entry in entries),
         "high": max(entry["high"] for entry in entries),
@@ -90,13 +110,17 @@ def _check_alike(results: Sequence[Mapping[str, Any]]) -> None:
             raise UserError(f"the results have different {what}: {distinct[0]} and {other}")
 
 
-def draw(table: Sequence[Mapping[str, Any]]) -> Figure:
-    """A panel for each metric; bars reach over the intervals of all seeds."""
+def draw(table: Sequence[Mapping[str, Any]], along: str = "guidance") -> Figure:
+    """A panel for each metric; bars reach over the intervals of all seeds.
+
+    Args:
+      along: 'guidance' or 'step', a line then being one guidance weight of one model.
+    """
     metrics = list(dict.fromkeys(row["metric"] for row in table))
     figure = Figure(figsize=(4.3 * len(metrics), 3.6), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(metrics)))
     for ax, metric in zip(axes, metrics, strict=True):
-        _panel(ax, metric, [row for row in table if row["metric"] == metric])
+        _panel(ax, metric, [row for row in table if row["metric"] == metric], along)
     labelled = {}
     for ax in axes:
         labelled |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
@@ -111,21 +135,25 @@ def draw(table: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _panel(ax: Axes, metric: str, table: Sequence[Mapping[str, Any]]) -> None:
+def _panel(ax: Axes, metric: str, table: Sequence[Mapping[str, Any]], along: str) -> None:
     others = iter(_OTHERS * len(table))
-    for name in dict.fromkeys(row["model"] for row in table):
-        own = [row for row in table if row["model"] == name]
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in table:
+        apart = along == "step" and row["guidance"] is not None
+        label = f"{row['model']}, guidance {row['guidance']:g}" if apart else row["model"]
+        lines.setdefault(label, []).append(row)
+    for label, own in lines.items():
         value = np.array([row["value"] for row in own])
-        if name == "truth":
+        if label == "truth":
             ax.axhline(value[0], ls=":", color=GREY, lw=1.6, label="true pictures")
             continue
-        weights = [row["guidance"] for row in own]
-        if name == "theory":
-            ax.plot(weights, value, "--", color=GREY, lw=1.4, label="theory without z (Eq. 6)")
+        places = [row[along] for row in own]
+        if label == "theory":
+            ax.plot(places, value, "--", color=GREY, lw=1.4, label="theory without z (Eq. 6)")
             continue
         bounds = np.array([[row["low"], row["high"]] for row in own]).T
         ax.errorbar(
-            weights,
+            places,
             value,
             yerr=np.maximum(0, [value - bounds[0], bounds[1] - value]),
             fmt="o-",
@@ -133,15 +161,16 @@ def _panel(ax: Axes, metric: str, table: Sequence[Mapping[str, Any]]) -> None:
             lw=2,
             elinewidth=1,
             capsize=2,
-            color=_colour(name) or next(others),
-            label=name,
+            color=(_colour(label) if along == "guidance" else None) or next(others),
+            label=label,
         )
-    weights = sorted({row["guidance"] for row in table if row["guidance"] is not None})
-    if weights and min(weights) > 0:
-        ax.set_xscale("log", base=2)
-    ax.set_xticks(weights, [f"{weight:g}" for weight in weights])
+    if along == "guidance":
+        weights = sorted({row["guidance"] for row in table if row["guidance"] is not None})
+        if weights and min(weights) > 0:
+            ax.set_xscale("log", base=2)
+        ax.set_xticks(weights, [f"{weight:g}" for weight in weights])
     ax.minorticks_off()
-    ax.set_xlabel("guidance", fontsize=10, color=INK)
+    ax.set_xlabel("training step" if along == "step" else "guidance", fontsize=10, color=INK)
     ax.set_title(_LABELS.get(metric, metric.replace("_", " ")), fontsize=12, color=INK)
     ax.grid(axis="y", color=FAINT, lw=0.7)
     ax.tick_params(colors=INK, labelsize=9)

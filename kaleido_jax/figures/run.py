@@ -1,4 +1,4 @@
-"""Makes a figure and writes it: NAME.svg, NAME.png and NAME.csv, all at once."""
+"""Makes a figure and writes it: NAME.svg, NAME.png and NAME.csv, all at once; or a table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kaleido_jax import editing
 from kaleido_jax.data.shapes import HUE_NAMES
 from kaleido_jax.demo.shapes import CAPTIONS
 from kaleido_jax.errors import UserError
-from kaleido_jax.figures import guidance, pictures, style, tables
+from kaleido_jax.figures import guidance, pictures, results_table, style, tables
 from kaleido_jax.generate import Pipeline
 from kaleido_jax.latents import load_document
 
@@ -26,12 +26,41 @@ def write(folder: pathlib.Path, name: str, drawing: pictures.Drawing) -> list[pa
       UserError: the folder cannot be written.
     """
     figure, rows = drawing
+
+    def save(temporary: pathlib.Path) -> None:
+        style.save(figure, temporary, name)
+        tables.write_csv(temporary / f"{name}.csv", rows)
+
+    return _replace(folder, name, save)
+
+
+def write_table(
+    folder: pathlib.Path, results: Sequence[pathlib.Path], metrics: Sequence[str]
+) -> tuple[str, list[pathlib.Path]]:
+    """Writes table.md and table.csv of results; returns the Markdown and the files.
+
+    Raises:
+      UserError: the folder cannot be written, or the results make no table.
+    """
+    rows = results_table.rows(results, metrics)
+    text = results_table.markdown(rows, metrics)
+
+    def save(temporary: pathlib.Path) -> None:
+        (temporary / "table.md").write_text(text, "utf-8")
+        tables.write_csv(temporary / "table.csv", rows)
+
+    return text, _replace(folder, "table", save)
+
+
+def _replace(
+    folder: pathlib.Path, name: str, save: Callable[[pathlib.Path], None]
+) -> list[pathlib.Path]:
+    """Puts the files that `save` writes into the folder, when all of them are written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as scratch:
             temporary = pathlib.Path(scratch)
-            style.save(figure, temporary, name)
-            tables.write_csv(temporary / f"{name}.csv", rows)
+            save(temporary)
             made = [folder / path.name for path in sorted(temporary.iterdir())]
             for path in made:
                 os.replace(temporary / path.name, path)
@@ -52,10 +81,14 @@ def toy(quick: bool, seed: int, say: Say) -> pictures.Drawing:
     return toy_figure.draw(result), toy_demo.rows(result)
 
 
-def guidance_curves(results: Sequence[pathlib.Path], metrics: Sequence[str]) -> pictures.Drawing:
-    """Figure 5, from files of results."""
-    table = guidance.rows(results, metrics)
-    return guidance.draw(table), table
+def curves(results: Sequence[pathlib.Path], metrics: Sequence[str], along: str) -> pictures.Drawing:
+    """Figure 5, or the same along training steps, from files of results.
+
+    Raises:
+      UserError: results that cannot stand in one figure, or none that names its step.
+    """
+    table = guidance.rows(results, metrics, along)
+    return guidance.draw(table, along), table
 
 
 def open_pipes(models: Mapping[str, pathlib.Path]) -> dict[str, Pipeline]:

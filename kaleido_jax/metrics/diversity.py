@@ -75,19 +75,43 @@ def unit(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
 
 
 def similarity_within(
-    features: Rows | Float[np.ndarray, "n d"], captions: Sequence[str]
-) -> Float[np.ndarray, " captions"]:
-    """Mean cosine of the pairs of one caption, for each caption of two pictures or more."""
+    features: Rows | Float[np.ndarray, "n d"],
+    captions: Sequence[str],
+    latents: Sequence[str] | None = None,
+) -> tuple[Float[np.ndarray, "a"], Float[np.ndarray, "b"], Float[np.ndarray, "c"]]:
+    """Mean cosine of the pairs of one caption, for each caption that has such pairs.
+
+    Args:
+      captions: of the rows.
+      latents: z of the rows, as text.
+
+    Returns:
+      Of all pairs; of pairs of one z; of pairs of different z. The latter two are empty without
+      latents, and where no caption has such pairs.
+    """
     rows = as_rows(features)
-    groups: dict[str, list[int]] = {}
+    groups: dict[str, dict[str, list[int]]] = {}
     for number, caption in enumerate(captions):
-        groups.setdefault(caption, []).append(number)
-    found = []
-    for numbers in groups.values():
-        count = len(numbers)
-        if count > 1:
-            total = np.zeros(rows.width)
-            for start in range(0, count, 1024):
-                total += unit(rows.take(np.array(numbers[start : start + 1024]))).sum(0)
-            found.append((total @ total - count) / (count * (count - 1)))
-    return np.array(found)
+        latent = "" if latents is None else latents[number]
+        groups.setdefault(caption, {}).setdefault(latent, []).append(number)
+    found: tuple[list[float], ...] = ([], [], [])
+    for own in groups.values():
+        totals = np.array([_total(rows, numbers) for numbers in own.values()])
+        counts = np.array([len(numbers) for numbers in own.values()])
+        same = (totals * totals).sum() - counts.sum(), (counts * (counts - 1)).sum()
+        together, count = totals.sum(0), counts.sum()
+        pairs = together @ together - count, count * (count - 1)
+        for kind, (cosines, number) in enumerate(
+            (pairs, same, (pairs[0] - same[0], pairs[1] - same[1]))
+        ):
+            if number and (kind == 0 or latents is not None):
+                found[kind].append(cosines / number)
+    return tuple(map(np.array, found))
+
+
+def _total(rows: Rows, numbers: Sequence[int]) -> Float[np.ndarray, " d"]:
+    """The sum of the unit vectors of some rows."""
+    total = np.zeros(rows.width)
+    for start in range(0, len(numbers), 1024):
+        total += unit(rows.take(np.array(numbers[start : start + 1024]))).sum(0)
+    return total

@@ -102,3 +102,32 @@ def test_shards_share_the_work_and_the_last_measures(tmp_path, capsys):
     assert cli.main(words(model, out, *small)) == 0
     assert "already in" in capsys.readouterr().err
     assert len(results(out)) == 1
+
+
+def test_pictures_may_share_a_latent(tmp_path, capsys):
+    """Six of a caption, three of each z, also where a part ends between the three."""
+    model = checkpoint(tmp_path)
+    small = "--samples 120 --per-caption 6 --metrics similarity --steps 1 --batch-size"
+    drawn = {}
+    for size in ("120", "50"):
+        line = words(model, tmp_path / size, *small.split(), size, "--per-latent", "3")
+        assert cli.main(line) == 0
+        documents, images = [], []
+        for path in parts(tmp_path / size):
+            with np.load(path) as file:
+                lines = file["documents"].tobytes().splitlines()
+                documents += [json.loads(line) for line in lines]
+                images += list(file["images"])
+        drawn[size] = [(d["caption"], d["latents"], d["sample_index"]) for d in documents]
+        shared = [json.dumps(document["latents"]) for document in documents]
+        assert all(len(set(shared[i : i + 3])) == 1 for i in range(0, 120, 3))
+        assert len(set(shared)) > 20
+        assert len({image.tobytes() for image in images}) == 120
+        (result,) = results(tmp_path / size)
+        assert result["metrics"]["similarity_same_z"]["captions"] == len(
+            {d["caption"] for d in documents}
+        )
+        assert {"similarity", "similarity_other_z"} <= set(result["metrics"])
+    assert drawn["120"] == drawn["50"]
+    assert cli.main(words(model, tmp_path / "no", *small.split(), "50", "--per-latent", "4")) == 2
+    assert "must be a multiple of --per-latent" in capsys.readouterr().err
