@@ -5,6 +5,8 @@ parts that it holds (`text_encoder`, `latent_decoder`, `denoiser`); later ones w
 condition (its projection, its learned layers, the keys and values of cross-attention) starts anew
 where its size differs: a released MDM reads 2048 numbers per token, Kaleido 1024. A denoiser of
 fewer resolutions becomes the inner network of one of more: so a run at 64 pixels goes on at 256.
+A UNet of fewer levels becomes the coarse levels of one that has finer ones before them, and these
+start anew with all that borders on them: so a run in coarse patches goes on in finer ones.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ PARTS = ("text_encoder", "latent_decoder", "denoiser")
 CONDITION = re.compile(r"/(condition|cross_norm|cross_kv)/")
 # An outer network, and adapters, which start at nothing, may be new.
 NEW = re.compile(r"denoiser/(inner/)*(outer|to_inner|from_inner)/|.*/lora_[ab]$")
+# Levels of a UNet, 0 the finest, and what is as fine as that one.
+LEVEL = re.compile(r"(denoiser/trunk/(?:down|up)_)(\d+)/")
+ENDS = re.compile(r"denoiser/trunk/(stem|head_norm|head_conv)/")
 
 
 def warm_start(
@@ -63,13 +68,31 @@ def warm_start(
                 f"config key 'init_from' names {folder}, which holds none of the model's parts"
             )
         for part in wanted:
-            _take(flat, part, _fitting(part, found, source, config), folder, say)
+            new = _levels_before(source, config) if part == "denoiser" else 0
+            _take(flat, part, _fitting(part, found, source, config, new), new, folder, say)
     return traverse.unflatten_dict(flat, sep="/")
 
 
-def _fitting(part: str, found: Mapping[str, Any], source: Any, config: Any) -> dict[str, Any]:
+def _levels_before(source: Any, config: Any) -> int:
+    """How many finer levels a plain UNet has before those of the one that it starts from."""
+    ours, theirs = config.model.denoiser, source.model.denoiser
+    if (ours.name, theirs.name) != ("unet", "unet"):
+        return 0
+    fine, coarse = tuple(ours.resolution_channels), tuple(theirs.resolution_channels)
+    new = len(fine) - len(coarse)
+    return new if new > 0 and fine[new:] == coarse else 0
+
+
+def _fitting(
+    part: str, found: Mapping[str, Any], source: Any, config: Any, new: int
+) -> dict[str, Any]:
     """The tensors of one part under the names of the model that is to be trained."""
     own = {name: tensor for name, tensor in found.items() if name.startswith(f"{part}/")}
+    if new:
+        return {
+            LEVEL.sub(lambda level: f"{level[1]}{int(level[2]) + new}/", name): tensor
+            for name, tensor in own.items()
+        }
     if part == "denoiser":
         ratios = [len(KaleidoConfig.from_config(c).ratios) for c in (source, config)]
         prefix = f"{part}/" + "inner/" * max(0, ratios[1] - ratios[0])
@@ -83,10 +106,19 @@ def _fitting(part: str, found: Mapping[str, Any], source: Any, config: Any) -> d
     return traverse.flatten_dict({part: tree}, sep="/")
 
 
+def _may_be_anew(name: str, found: bool, new: int) -> bool:
+    """Whether a parameter that is not found, or in another shape, is no mistake."""
+    if CONDITION.search(name) or (not found and NEW.match(name)):
+        return True
+    level = LEVEL.match(name)  # that after the `new` finer ones borders on them
+    return new > 0 and bool(ENDS.match(name) or (level and int(level[2]) <= new))
+
+
 def _take(
     flat: dict[str, Any],
     part: str,
     found: Mapping[str, Any],
+    new: int,
     folder: pathlib.Path,
     say: Callable[[str], None],
 ) -> None:
@@ -95,7 +127,7 @@ def _take(
     for name in names:
         if name in found and tuple(found[name].shape) == flat[name].shape:
             taken.append(name)
-        elif CONDITION.search(name) or (name not in found and NEW.match(name)):
+        elif _may_be_anew(name, name in found, new):
             anew.append(name)
         elif name not in found:
             problems.append(f"{name} is missing")

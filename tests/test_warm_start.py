@@ -123,6 +123,34 @@ def test_a_denoiser_becomes_the_inner_one_of_two(weights):
     assert "start anew" in said[-1] and "denoiser/outer/stem/kernel" in got
 
 
+def test_a_denoiser_becomes_the_coarse_levels_of_a_finer_one(weights):
+    stated = bundle.read_config(weights / "mdm").model.denoiser
+    levels = len(stated.resolution_channels)
+    finer = {
+        "resolution_channels": (64, *stated.resolution_channels),
+        "num_resnets_per_resolution": (1, *stated.num_resnets_per_resolution),
+        "num_attention_layers": (0, *stated.num_attention_layers),
+    }
+    got, found, said, _ = start(kaleido_config(weights, finer))
+    taken = {n for n in got if n.startswith("denoiser/") and got[n].any()}
+    last = f"denoiser/trunk/down_{levels - 1}/"
+    deepest = [n for n in found if n.startswith((last, "denoiser/middle", "denoiser/condition"))]
+    assert len(deepest) > 20
+    for name in deepest:
+        now = name.replace(last, f"denoiser/trunk/down_{levels}/")
+        np.testing.assert_array_equal(got[now], found[name], err_msg=now)
+    # Only what is finer, or borders on it, starts anew: zeros here.
+    fine = ("stem/", "head_norm/", "head_conv/", "down_0/", "down_1/", "up_0/", "up_1/")
+    for name in sorted(n for n in got if n.startswith("denoiser/") and n not in taken):
+        assert name.startswith(tuple(f"denoiser/trunk/{n}" for n in fine)) or not found[name].any()
+    assert not any(name.startswith("denoiser/trunk/down_0/") for name in taken)
+    assert "start anew" in said[-1]
+    # Levels of other sizes are a mistake, as before.
+    finer["resolution_channels"] = (32, 64, *stated.resolution_channels[1:])
+    with pytest.raises(UserError, match="should be"):
+        start(kaleido_config(weights, finer))
+
+
 def test_scanned_layers_take_unscanned_weights(weights):
     got, found, _, _ = start(kaleido_config(weights, scan_layers=True))
     layers = [found[f"latent_decoder/decoder/layers_{i}/mlp/wo/kernel"] for i in range(2)]
