@@ -306,9 +306,9 @@ def test_page_and_pictures(tmp_path):
     assert found.words.count("holds") == len(checks)
     assert "prefers-color-scheme: dark" in source
     assert "width=device-width" in source
-    assert page.OF_OLD not in found.words
+    assert page.NOT_ALIKE not in found.words
     results["shapes"]["settings"]["trained_alike"] = False
-    assert page.OF_OLD in Page(page.build(results, checks, panels)).words
+    assert page.NOT_ALIKE in Page(page.build(results, checks, panels)).words
     # Without a judge in a quick run.
     quick = Page(page.build(results | {"quick": True}, checks, panels)).words
     assert "no claim is judged" in quick

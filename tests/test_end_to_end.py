@@ -53,6 +53,7 @@ def test_sample_edit_and_export(workdir, tmp_path):
     assert np.abs(both.samples[1] - both.samples[0]).max() > 0
 
     folder = bundle.save(tmp_path / "export", bundle.load(workdir))
+    assert (bundle.load(workdir).step, bundle.load(folder).step) == (2, None)
     exported = Pipeline.from_pretrained(folder).render(document, batch_size=2)
     np.testing.assert_array_equal(exported.images[0], out.images[0])
 

@@ -110,6 +110,25 @@ def test_modes_of_true_pictures_are_the_tables():
     assert value["value"] == pytest.approx(np.mean(1 - shapes.TABLES["background"][:, 0]))
 
 
+def test_modes_as_z_states_them():
+    """Of true latents they are those of the scenes; what z does not say is left out."""
+    source = ShapesSource(40, seed=5, size=64, num_objects=(1, 2), latents=("bbox", "blob"))
+    examples = [source[i] for i in range(40)]
+    captions = [example["caption"] for example in examples]
+    seen = shapes_detector.read_modes(np.stack([e["image"] for e in examples]), captions)
+    for name in ("bbox", "blob"):
+        read = modes.written(
+            [LatentDocument(e["caption"], {name: e["latents"][name]}) for e in examples]
+        )
+        for factor in ("background", "layout", "shape", "shade"):
+            np.testing.assert_array_equal(read[factor], seen[factor], err_msg=f"{name} {factor}")
+    half = "a red disc (100, 100, 400, 400)"
+    read = modes.written([LatentDocument("dawn: a red shape", {"bbox": half})])
+    assert read["shape"].tolist() == [[shapes.SHAPES.index("disc"), -1, -1]]
+    assert (read["shade"] == -1).all() and (read["background"] == -1).all()
+    assert modes.written([LatentDocument("dawn: a red shape", {"text": "red"})]) is None
+
+
 def test_theory_draws_what_the_formula_says():
     """Accepted scenes are distributed as Eq. 6 has it, joint over all factors."""
     source, weight = data().held_out_source, 4.0

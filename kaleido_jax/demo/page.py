@@ -10,9 +10,9 @@ from kaleido_jax.demo.checks import Check
 from kaleido_jax.demo.control import CHANCE
 
 NAMES = {"baseline": "baseline", "kaleido": "Kaleido"}
-OF_OLD = (
-    "They were not trained alike: the baseline is of an earlier config, with another network and "
-    "pictures of smaller objects, so what differs between them is not due to the latents alone."
+NOT_ALIKE = (
+    "They were not trained alike, as docs/reproduction.md says, so what differs between them need "
+    "not be due to the latents alone."
 )
 
 
@@ -114,7 +114,7 @@ def _shapes(shapes: dict[str, Any], panels: Sequence[dict]) -> list[str]:
             "is known. Both models were trained beforehand with this package and ship with it; "
             f"their pictures were drawn just now, {settings['num_steps']} steps of "
             f"{settings['sampler']} each, with the same settings for both."
-            + ("" if settings["trained_alike"] else f" {OF_OLD}")
+            + ("" if settings["trained_alike"] else f" {NOT_ALIKE}")
         ),
         markup.picture(
             "shapes.png",

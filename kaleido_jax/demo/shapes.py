@@ -120,10 +120,11 @@ def run(
 
 
 def _trained_alike(configs: Sequence[ConfigDict]) -> bool:
-    """Whether two models of shapes saw the same pictures through the same kind of network."""
+    """Whether models of shapes have the same pictures, steps and kind of network."""
 
     def what(config: ConfigDict) -> tuple[Any, ...]:
-        return config.data.source.to_dict(), config.model.denoiser.to_dict()
+        denoiser, training = config.model.denoiser.to_dict(), config.train
+        return config.data.source.to_dict(), denoiser, training.num_steps, training.noisy_steps
 
     first, *others = map(what, configs)
     return all(other == first for other in others)

@@ -118,6 +118,7 @@ def by_reading(
     latents: list[str] = []
     judged: list[adherence.Found] = []
     read: dict[str, list[np.ndarray]] = {}
+    stated: dict[str, list[np.ndarray]] = {}
     for images, documents in pictures:
         texts = [document.caption for document in documents]
         captions += texts
@@ -127,10 +128,16 @@ def by_reading(
         if "tv" in names:
             for name, values in shapes_detector.read_modes(images, texts).items():
                 read.setdefault(name, []).append(values)
+            for name, values in (modes.written(documents) or {}).items():
+                stated.setdefault(name, []).append(values)
     found, tables = {}, {}
     if read:
         together = {name: np.concatenate(values) for name, values in read.items()}
         found, tables = modes.measure(together, captions, weight, draws, seed, entry)
+    if stated and len(np.concatenate(stated["layout"])) == len(captions):
+        together = {name: np.concatenate(values) for name, values in stated.items()}
+        of_z = modes.measure(together, captions, weight, draws, seed, entry)[0]
+        found |= {f"z_{k}": v for k, v in of_z.items() if k.startswith(("tv", "modes"))}
     followed = {
         name: entry(*bootstrap.of_mean(np.array(values), draws, seed), len(values))
         for name, values in adherence.merge(judged).items()

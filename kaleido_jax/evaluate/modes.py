@@ -10,10 +10,38 @@ from jaxtyping import Float, Int
 
 from kaleido_jax.data.shapes import FACTOR_NAMES, FACTORS, TABLES, THEMES
 from kaleido_jax.data.shapes_modes import effective_modes, guided_joint
-from kaleido_jax.data.shapes_text import parse_caption
+from kaleido_jax.data.shapes_text import parse_caption, read_grounded
+from kaleido_jax.latents import LatentDocument, latent_type
 from kaleido_jax.metrics import bootstrap
 
-Read = Mapping[str, np.ndarray]  # of shapes_detector.read_modes
+Read = Mapping[str, np.ndarray]  # of shapes_detector.read_modes, or of `written`
+
+
+def written(documents: Sequence[LatentDocument]) -> Read | None:
+    """Factors as z states them, in the form of shapes_detector.read_modes.
+
+    Held against the tables they show how well the decoder knows p(z | c), whatever is painted.
+
+    Returns:
+      None where a document has neither boxes nor blobs.
+    """
+    count = len(documents)
+    read = {name: np.full(count, -1) for name in ("background", "layout")}
+    read |= {name: np.full((count, 3), -1) for name in ("shape", "shade")}
+    for row, document in enumerate(documents):
+        name = next((name for name in ("bbox", "blob") if name in document.latents), None)
+        if name is None:
+            return None
+        segments = latent_type(name).parse(document.latents[name])
+        claims, layout, background = read_grounded(segments)
+        for factor, value in (("background", background), ("layout", layout)):
+            read[factor][row] = -1 if value is None else value
+        for place, hue in enumerate(parse_caption(document.caption)[1]):
+            claim = next((claim for claim in claims if claim.hue == hue), None)
+            for factor in ("shape", "shade") if claim is not None else ():
+                value = getattr(claim, factor)
+                read[factor][row, place] = -1 if value is None else value
+    return read
 
 
 def observations(
@@ -118,6 +146,7 @@ def measure(
     mean = float(np.mean([value for value, _ in moved]))
     drawn_mean = np.mean([values for _, values in moved], axis=0)
     found["tv"] = entry(mean, bootstrap.interval(mean, drawn_mean), len(captions))
-    shown = np.asarray(read["hue"]) == np.asarray(read["count"])
-    found["readable"] = entry(*bootstrap.of_mean(shown, draws, seed), len(captions))
+    if "hue" in read:
+        shown = np.asarray(read["hue"]) == np.asarray(read["count"])
+        found["readable"] = entry(*bootstrap.of_mean(shown, draws, seed), len(captions))
     return found, tables
