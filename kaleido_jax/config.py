@@ -178,6 +178,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         if not leaves[name] > 0:
             raise UserError(f"config key {name!r} is {leaves[name]}; it must be positive")
     _between(leaves, "train.cond_drop_rate", 0.0, 1.0)
+    _between(leaves, "train.noisy_share", 0.0, 1.0)
     _between(leaves, "optim.ema_decay", 0.0, 1.0)
     for name in ("optim.b1", "optim.b2"):
         if not 0 <= leaves[name] < 1:

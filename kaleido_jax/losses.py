@@ -9,6 +9,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 from ml_collections import ConfigDict
 
@@ -34,6 +35,8 @@ class LossConfig:
         () trains all of them on every row.
       noisy_steps: the first third of so many steps draws only the noisiest tenth of the times, the
         rest widens evenly to all of them. There the condition alone decides the picture.
+      noisy_share: of the batch that does so; the others draw from all times throughout, so that a
+        denoiser that begins at nothing does not forget how to pass noise on.
     """
 
     schedules: tuple[schedule.Schedule, ...]
@@ -46,6 +49,7 @@ class LossConfig:
     pixel_scale: float
     mixed_ratio: tuple[int, ...] = ()
     noisy_steps: int = 0
+    noisy_share: float = 1.0
 
     @classmethod
     def from_config(cls, config: ConfigDict, ratios: tuple[int, ...]) -> LossConfig:
@@ -75,15 +79,21 @@ class LossConfig:
             pixel_scale=config.data.pixel_scale,
             mixed_ratio=mixed,
             noisy_steps=config.train.get("noisy_steps", 0),
+            noisy_share=config.train.get("noisy_share", 1.0),
         )
 
-    def least_time(self, step: Int[Array, ""]) -> Int[Array, ""] | int:
-        """The least time index that `step` may draw."""
+    def least_time(self, step: Int[Array, ""], size: int) -> Int[Array, "..."] | int:
+        """The least time index that `step` may draw, for each row of a batch or for all."""
         if not self.noisy_steps:
             return 0
         noisiest = schedule.NUM_LEVELS * 9 // 10
         left = jnp.maximum(self.noisy_steps - step, 0)
-        return jnp.minimum(3 * noisiest * left // (2 * self.noisy_steps), noisiest)
+        least = jnp.minimum(3 * noisiest * left // (2 * self.noisy_steps), noisiest)
+        if self.noisy_share == 1:
+            return least
+        # Spread over the batch, whose parts may train different resolutions.
+        noisy = np.diff(np.floor(np.arange(size + 1) * self.noisy_share)) > 0
+        return jnp.where(noisy, least, 0)
 
     def mix(self, images: Pyramid) -> Pyramid:
         """The rows of each resolution that train it."""
@@ -118,7 +128,7 @@ class Draws:
 def draw(batch: Batch, seed: int, step: Int[Array, ""], cfg: LossConfig) -> Draws:
     """The random numbers of `step`, from the streams of `seed`."""
     size, side, _, channels = batch.image.shape
-    least = cfg.least_time(step)
+    least = cfg.least_time(step, size)
     times = rng.stream(seed, "time", step)
     time_index = jax.random.randint(times, (size,), least, schedule.NUM_LEVELS)
     key = rng.stream(seed, "noise", step)

@@ -76,6 +76,7 @@ def test_overrides_keep_the_type_of_their_field(override, key, value):
         ("train.num_steps=0", "must be positive"),
         ("train.batch_size=-1", "must be positive"),
         ("train.cond_drop_rate=1.5", r"must be in \[0"),
+        ("train.noisy_share=1.5", r"must be in \[0"),
         ("train.latent_weight=-1.0", "must not be negative"),
         ("train.noisy_steps=-1", "must not be negative"),
         ("optim.text_rate=-0.1", "must not be negative"),

@@ -10,8 +10,8 @@ from kaleido_jax.types import Batch
 from tests.tiny import tiny_config
 
 
-def _times(noisy: int, step: int) -> np.ndarray:
-    config = tiny_config(f"train.noisy_steps={noisy}")
+def _times(noisy: int, step: int, share: float = 1.0) -> np.ndarray:
+    config = tiny_config(f"train.noisy_steps={noisy}", f"train.noisy_share={share}")
     cfg = losses.LossConfig.from_config(config, (1,))
     tokens = jnp.zeros((4096, 1), jnp.int32)
     images = jnp.zeros((4096, 1, 1, 3), jnp.uint8)
@@ -31,3 +31,13 @@ def test_the_first_third_draws_the_noisiest_tenth_and_the_rest_widens_to_all():
 def test_without_it_all_times_are_drawn_from_the_first_step():
     assert _times(0, 0).min() < 5
     np.testing.assert_array_equal(_times(0, 7), _times(7, 7))
+
+
+def test_a_share_of_the_batch_draws_them_and_the_rest_all_times():
+    drawn = _times(300, 0, 0.25)
+    quarter = np.arange(4096) % 4 == 3  # spread evenly
+    assert drawn[quarter].min() >= 900 and drawn[~quarter].min() < 5
+    assert np.mean(drawn[~quarter] >= 900) < 0.15
+    assert _times(300, 300, 0.25)[quarter].min() < 5
+    # The rows that draw all times draw the same ones as without it.
+    np.testing.assert_array_equal(drawn[~quarter], _times(0, 0)[~quarter])
