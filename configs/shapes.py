@@ -3,7 +3,7 @@
 The latent is the grounded caption; the baseline is the same with --config.latents=(). What is not
 the paper's is here so that a network of a million parameters learns within some thousand steps
 where the boxes say that things lie: a box decides less than a tenth of what the background does,
-and only while x_t is nearly noise.
+and only while x_t is nearly noise. docs/reproduction.md begins with a run in coarser patches.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def get_config() -> ConfigDict:
     c.model.denoiser = ConfigDict(
         dict(
             name="unet",
-            patch_size=4,
+            patch_size=2,
             position_features=8,
-            resolution_channels=(64,),
-            num_resnets_per_resolution=(1,),
-            num_attention_layers=(1,),
+            resolution_channels=(32, 64),
+            num_resnets_per_resolution=(1, 1),
+            num_attention_layers=(0, 1),
             num_heads=4,
             temporal_dim=256,
             num_groups_norm=4,
@@ -77,8 +77,9 @@ def get_config() -> ConfigDict:
     c.diffusion.schedule = "ddpm"
     c.diffusion.loss_target = "v"
     c.train.batch_size = 32
-    c.train.num_steps = 9_500
+    c.train.num_steps = 6_500
     c.train.noisy_steps = 4_500
+    c.train.noisy_share = 0.5
     c.train.cond_drop_rate = 0.05
     c.train.latent_weight = 0.1
     c.train.checkpoint_every = 1_000

@@ -147,7 +147,7 @@ def evaluate(args: argparse.Namespace) -> None:
     request = run.Request(
         checkpoint=args.checkpoint,
         out=args.out,
-        name=args.name or args.checkpoint.resolve().name,
+        name=args.name or _name_of(args.checkpoint.resolve()),
         protocol=dataclasses.replace(protocols[args.protocol], **changes),
         protocol_name=args.protocol,
         guidance=args.guidance,
@@ -178,6 +178,12 @@ def _line(result: dict[str, Any]) -> str:
     values = {**result["metrics"], **result["adherence"]}
     figures = [f"{k} {v['value']:.4g}" for k, v in values.items() if v["value"] is not None]
     return f"{of}{where} seed {result['seed']}: {', '.join(figures)}"
+
+
+def _name_of(folder: pathlib.Path) -> str:
+    """A model's name, the same for all steps of its run."""
+    run = folder.parent.name == "checkpoints" and folder.name.startswith("step_")
+    return (folder.parent.parent if run else folder).name
 
 
 def _joined(value: str | list[str]) -> str:

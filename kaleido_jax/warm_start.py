@@ -5,8 +5,9 @@ parts that it holds (`text_encoder`, `latent_decoder`, `denoiser`); later ones w
 condition (its projection, its learned layers, the keys and values of cross-attention) starts anew
 where its size differs: a released MDM reads 2048 numbers per token, Kaleido 1024. A denoiser of
 fewer resolutions becomes the inner network of one of more: so a run at 64 pixels goes on at 256.
-A UNet of fewer levels becomes the coarse levels of one that has finer ones before them, and these
-start anew with all that borders on them: so a run in coarse patches goes on in finer ones.
+A UNet of fewer levels becomes the coarse levels of one that has finer ones before them. These
+start anew, with both ends of the network and what has another size beside them: so a run in coarse
+patches goes on in finer ones.
 """
 
 from __future__ import annotations
@@ -125,7 +126,8 @@ def _take(
     names = [name for name in flat if name.startswith(f"{part}/")]
     problems, anew, taken = [], [], []
     for name in names:
-        if name in found and tuple(found[name].shape) == flat[name].shape:
+        same = name in found and tuple(found[name].shape) == flat[name].shape
+        if same and not (new and ENDS.match(name)):
             taken.append(name)
         elif _may_be_anew(name, name in found, new):
             anew.append(name)

@@ -381,6 +381,23 @@ def test_shipped_weights_open_and_are_small():
         shapes.shipped("other")
 
 
+def test_models_that_were_trained_alike():
+    """Also of configs from before a field was there, as a shipped model may have one."""
+    configs = [bundle.load(shapes.shipped(model)).config for model in shapes.MODELS]
+    assert shapes._trained_alike(configs) in (True, False)
+    one = configs[0].copy_and_resolve_references()
+    with one.unlocked():
+        for field in ("noisy_steps", "noisy_share"):
+            if field in one.train:
+                del one.train[field]
+    assert shapes._trained_alike([one, one.copy_and_resolve_references()])
+    for key, value in (("noisy_steps", 7), ("noisy_share", 0.5), ("num_steps", 7)):
+        other = one.copy_and_resolve_references()
+        with other.unlocked():
+            other.train[key] = value
+        assert not shapes._trained_alike([one, other]), key
+
+
 def test_models_with_other_sampling_are_not_compared(tmp_path):
     folders = {model: shapes.shipped(model) for model in shapes.MODELS}
     changed = bundle.load(folders["baseline"])

@@ -126,7 +126,19 @@ def test_modes_as_z_states_them():
     read = modes.written([LatentDocument("dawn: a red shape", {"bbox": half})])
     assert read["shape"].tolist() == [[shapes.SHAPES.index("disc"), -1, -1]]
     assert (read["shade"] == -1).all() and (read["background"] == -1).all()
-    assert modes.written([LatentDocument("dawn: a red shape", {"text": "red"})]) is None
+    # Objects in the order of the caption, also where z has them the other way round.
+    swapped = "a dark blue disc (1, 1, 9, 9) left of a pale red disc (20, 1, 29, 9) on white"
+    for caption, layout in (
+        ("dawn: a red shape and a blue shape", shapes.LAYOUTS.index("right of")),
+        ("dawn: a blue shape and a red shape", shapes.LAYOUTS.index("left of")),
+        ("dawn: a green shape and a red shape", -1),
+        ("dawn: a red shape", -1),
+    ):
+        read = modes.written([LatentDocument(caption, {"bbox": swapped})])
+        assert read["layout"].tolist() == [layout], caption
+    # Of what has no boxes nothing is known.
+    read = modes.written([LatentDocument(caption, {"text": "red"}), LatentDocument(caption, {})])
+    assert all((values == -1).all() for values in read.values())
 
 
 def test_theory_draws_what_the_formula_says():

@@ -12,7 +12,7 @@ from kaleido_jax import bundle, cli
 from kaleido_jax.data import ShapesSource
 from kaleido_jax.errors import UserError
 from kaleido_jax.evaluate import results
-from kaleido_jax.figures import guidance, pictures
+from kaleido_jax.figures import guidance, pictures, results_table
 from kaleido_jax.latents import LatentDocument
 from tests.test_generate import _bundle, _config
 
@@ -114,6 +114,19 @@ def test_steps_are_a_line_for_each_guidance(tmp_path):
     (axes,) = guidance.draw(table, "step").axes
     drawn = {bars.get_label(): bars.lines[0].get_xdata().tolist() for bars in axes.containers}
     assert drawn == {"kaleido, guidance 2": [500, 1000], "kaleido, guidance 8": [500, 1000]}
+    # A colour for each model, the same in all panels, and a mark for each weight.
+    figure = guidance.draw(guidance.rows([path], ("fid", "hue"), "step"), "step")
+    looks = {
+        (bars.get_label(), bars.lines[0].get_color(), bars.lines[0].get_marker())
+        for axes in figure.axes
+        for bars in axes.containers
+    }
+    assert len(looks) == 2 and len({colour for _, colour, _ in looks}) == 1
+    assert len({mark for _, _, mark in looks}) == 2
+    # Along guidance each step is a line of its own.
+    (axes,) = guidance.draw(guidance.rows([path], ("fid",))).axes
+    drawn = {bars.get_label(): bars.lines[0].get_xdata().tolist() for bars in axes.containers}
+    assert drawn["kaleido, step 500"] == drawn["kaleido, step 1000"] == [2, 8]
     words = f"figures steps --results {path} --metrics hue --out {tmp_path / 'out'}"
     assert cli.main(words.split()) == 0
     assert {row["step"] for row in read(tmp_path / "out" / "steps.csv")} == {"500", "1000", ""}
@@ -137,6 +150,45 @@ def test_table_shows_what_differs(tmp_path, capsys):
     assert (row["fid"], row["fid_low"], row["fid_high"]) == ("4.5", "3", "6")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 500},
+        {"per_latent": 3},
+        {"checkpoint_hash": "other"},
+        {"protocol": {"name": "quick", "samples": 10, "neighbours": 7}},
+        {"captions": {"source": {"seed": 3}}},
+    ],
+)
+def test_what_is_no_other_seed_has_a_row_of_its_own(tmp_path, change):
+    given = {"checkpoint_hash": "one", "captions": {"source": {"seed": 0}}}
+    given["protocol"] = {"name": "quick", "samples": 10, "neighbours": 5}
+    path = tmp_path / "results.jsonl"
+    for seed in (0, 1):
+        results.append(path, result("kaleido", 2.0, seed, 1.0, **given))
+    results.append(path, result("kaleido", 2.0, 2, 5.0, **(given | change)))
+    table = results_table.rows([path], ("fid",))
+    assert [(row["seeds"], row["fid"]) for row in table] == [("0 1", 1.0), ("2", 5.0)]
+    assert table[0].keys() - {"guidance_weight"} != {"model", "seeds", "samples", "fid"}
+
+
+def test_values_without_an_interval(tmp_path):
+    """As of a factor that few pictures show: a resample may hold none of them."""
+    bare = {"fid": {"value": 3.0, "low": None, "high": None, "samples": 10}}
+    path = tmp_path / "results.jsonl"
+    results.append(path, result("kaleido", 2.0, 0, 1.0))
+    results.append(path, result("kaleido", 2.0, 1, 1.0, metrics=bare))
+    results.append(path, result("kaleido", 8.0, 0, 1.0, metrics=bare))
+    table = guidance.rows([path], ("fid",))
+    assert [(row["value"], row["low"], row["high"]) for row in table] == [
+        (2, 0, 2),
+        (3, None, None),
+    ]
+    assert len(guidance.draw(table).axes) == 1
+    text = results_table.markdown(results_table.rows([path], ("fid",)), ("fid",))
+    assert "| 2 (0 to 2) |" in text and "| 3 |" in text
+
+
 def test_misuse_of_figures(tmp_path, capsys):
     path = results_file(tmp_path)
     for words, line in (
@@ -145,6 +197,7 @@ def test_misuse_of_figures(tmp_path, capsys):
         ("table", "figures table: name results with --results"),
         (f"table --results {path} --metrics recal", "no result has the metric 'recal'"),
         ("toy --num 3", "--num has no meaning"),
+        (f"steps --results {path}", "no result names its training step"),
         ("control", "--checkpoint DIR is needed"),
         (f"guidance --results {tmp_path / 'none'}", "no results of"),
     ):

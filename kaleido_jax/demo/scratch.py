@@ -31,6 +31,7 @@ QUICK = (
     "train.batch_size=2",
     "data.latent_length=16",
     "model.denoiser.resolution_channels=(16,)",
+    "model.denoiser.num_resnets_per_resolution=(1,)",
     "model.denoiser.num_attention_layers=(0,)",
     "sample.steps=2",
 )

@@ -123,8 +123,14 @@ def _trained_alike(configs: Sequence[ConfigDict]) -> bool:
     """Whether models of shapes have the same pictures, steps and kind of network."""
 
     def what(config: ConfigDict) -> tuple[Any, ...]:
-        denoiser, training = config.model.denoiser.to_dict(), config.train
-        return config.data.source.to_dict(), denoiser, training.num_steps, training.noisy_steps
+        training = config.train  # of a former version it may lack some fields
+        return (
+            config.data.source.to_dict(),
+            config.model.denoiser.to_dict(),
+            training.num_steps,
+            training.get("noisy_steps", 0),
+            training.get("noisy_share", 1.0),
+        )
 
     first, *others = map(what, configs)
     return all(other == first for other in others)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from kaleido_jax.evaluate.features import Feature
 from kaleido_jax.evaluate.pictures import Pictures
 from kaleido_jax.evaluate.protocols import Protocol
 from kaleido_jax.evaluate.references import References
-from kaleido_jax.evaluate.results import entry
+from kaleido_jax.evaluate.results import entry, identify
 from kaleido_jax.metrics import bootstrap, diversity, frechet, neighbours
 from kaleido_jax.metrics.rows import Rows
 
@@ -33,7 +32,7 @@ METRICS = {
 }
 Say = Callable[[str], None]
 Entries = dict[str, dict[str, Any]]
-Groups = tuple[Sequence[str], Sequence[str]]  # caption and z of each picture
+Groups = tuple[Sequence[str], Sequence[str]]  # caption and hash of z of each picture
 
 
 def choose(names: Sequence[str] | None, feature: Feature, data: str) -> tuple[str, ...]:
@@ -97,7 +96,8 @@ def by_features(
         say(f"Vendi score, {draws} resamples")
         found["vendi"] = entry(*interval_of(lambda c: diversity.vendi_score(features, c)), count)
     if "similarity" in names:
-        of = diversity.similarity_within(features, *groups)
+        captions, latents = groups
+        of = diversity.similarity_within(features, captions, latents or None)
         for name, pairs in zip(("", "_same_z", "_other_z"), of, strict=True):
             if len(pairs):
                 value = bootstrap.of_mean(pairs, draws, seed)
@@ -113,28 +113,36 @@ def by_reading(
     draws: int,
     seed: int,
 ) -> tuple[Entries, Entries, dict[str, Any], Groups]:
-    """Entries of modes and of adherence, the tables of modes, caption and z of all pictures."""
+    """Entries of modes and of adherence, the tables of modes, caption and z of all pictures.
+
+    z is left out where no picture has one, and where no similarity is asked for.
+    """
     captions: list[str] = []
     latents: list[str] = []
     judged: list[adherence.Found] = []
     read: dict[str, list[np.ndarray]] = {}
     stated: dict[str, list[np.ndarray]] = {}
+    grounded = painted = False
     for images, documents in pictures:
         texts = [document.caption for document in documents]
         captions += texts
-        latents += [json.dumps(dict(document.latents)) for document in documents]
+        painted |= any(document.latents for document in documents)
+        if "similarity" in names:
+            latents += [identify(dict(document.latents)) for document in documents]
         if "adherence" in names:
             judged += [detector.judge(images, documents) for detector in detectors]
         if "tv" in names:
             for name, values in shapes_detector.read_modes(images, texts).items():
                 read.setdefault(name, []).append(values)
-            for name, values in (modes.written(documents) or {}).items():
+            if any({"bbox", "blob"} & document.latents.keys() for document in documents):
+                grounded = True
+            for name, values in modes.written(documents).items():
                 stated.setdefault(name, []).append(values)
     found, tables = {}, {}
     if read:
         together = {name: np.concatenate(values) for name, values in read.items()}
         found, tables = modes.measure(together, captions, weight, draws, seed, entry)
-    if stated and len(np.concatenate(stated["layout"])) == len(captions):
+    if read and grounded:
         together = {name: np.concatenate(values) for name, values in stated.items()}
         of_z = modes.measure(together, captions, weight, draws, seed, entry)[0]
         found |= {f"z_{k}": v for k, v in of_z.items() if k.startswith(("tv", "modes"))}
@@ -142,4 +150,4 @@ def by_reading(
         name: entry(*bootstrap.of_mean(np.array(values), draws, seed), len(values))
         for name, values in adherence.merge(judged).items()
     }
-    return found, followed, tables, (captions, latents)
+    return found, followed, tables, (captions, latents if painted else [])

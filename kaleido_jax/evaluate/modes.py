@@ -16,14 +16,15 @@ from kaleido_jax.metrics import bootstrap
 
 Read = Mapping[str, np.ndarray]  # of shapes_detector.read_modes, or of `written`
 
+_OPPOSITE = (1, 0, 3, 2)  # of LAYOUTS: the other way round
 
-def written(documents: Sequence[LatentDocument]) -> Read | None:
+
+def written(documents: Sequence[LatentDocument]) -> Read:
     """Factors as z states them, in the form of shapes_detector.read_modes.
 
     Held against the tables they show how well the decoder knows p(z | c), whatever is painted.
-
-    Returns:
-      None where a document has neither boxes nor blobs.
+    Objects are in the order of the caption's hues, whatever the order in z; -1 stands for what z
+    does not say, and for all that a document without boxes and blobs does not.
     """
     count = len(documents)
     read = {name: np.full(count, -1) for name in ("background", "layout")}
@@ -31,12 +32,16 @@ def written(documents: Sequence[LatentDocument]) -> Read | None:
     for row, document in enumerate(documents):
         name = next((name for name in ("bbox", "blob") if name in document.latents), None)
         if name is None:
-            return None
+            continue
         segments = latent_type(name).parse(document.latents[name])
         claims, layout, background = read_grounded(segments)
-        for factor, value in (("background", background), ("layout", layout)):
-            read[factor][row] = -1 if value is None else value
-        for place, hue in enumerate(parse_caption(document.caption)[1]):
+        hues = parse_caption(document.caption)[1]
+        read["background"][row] = -1 if background is None else background
+        if layout is not None and len(hues) > 1:
+            order = [claim.hue for claim in claims[:2]]
+            known = {tuple(hues[:2]): layout, tuple(hues[1::-1]): _OPPOSITE[layout]}
+            read["layout"][row] = known.get(tuple(order), -1)
+        for place, hue in enumerate(hues):
             claim = next((claim for claim in claims if claim.hue == hue), None)
             for factor in ("shape", "shade") if claim is not None else ():
                 value = getattr(claim, factor)

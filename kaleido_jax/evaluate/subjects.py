@@ -53,6 +53,8 @@ class Model:
         batch_size: int,
     ):
         """Checks the settings; raises UserError where they are out of bounds."""
+        if per_latent > 1 and not pipe.names:
+            raise UserError("--per-latent: this model has no latents")
         if per_caption % per_latent:
             raise UserError(
                 f"{per_caption} pictures of each caption cannot be {per_latent} of each latent"

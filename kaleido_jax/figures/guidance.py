@@ -5,6 +5,7 @@ Or against the training step, which shows what longer training would bring.
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from kaleido_jax.figures.style import BASELINE, COLOURS, FAINT, GREY, INK, KALEI
 
 METRICS = ("fid", "recall_3")
 _OTHERS = ("#7b3294", "#1b7837", "#b2182b")
+_MARKS = ("o-", "s--", "^:", "D-.")
 _LABELS = {"fid": "FID", "tv": "total variation to the true modes", "is": "Inception score"}
 
 
@@ -33,16 +35,21 @@ def rows(
     is a key of a result's `metrics` or `adherence`.
 
     Args:
-      along: 'guidance', or 'step' to leave out models whose step is not known.
+      along: 'guidance', or 'step' to leave out what has no training step but the truth.
 
     Raises:
-      UserError: no results, no such metric, or results that cannot be compared because protocol,
-        feature, references or settings differ.
+      UserError: no results, none that names its step, no such metric, or results that cannot be
+        compared because protocol, feature, references, data or settings differ.
     """
     results = open_results(paths)
-    _check_alike(results)
     if along == "step":
         results = [r for r in results if r.get("step") is not None or r["subject"] == "truth"]
+        if all(result["subject"] == "truth" for result in results):
+            raise UserError(
+                "no result names its training step, as those of RUN/checkpoints/step_N do and "
+                "those of exports do not"
+            )
+    _check_alike(results)
     found: dict[tuple, list[dict[str, Any]]] = {}
     for result in results:
         name = result["name"] or result["subject"]
@@ -81,8 +88,7 @@ def _row(
         "guidance": weight,
         "step": step,
         "value": float(np.mean([entry["value"] for entry in entries])),
-        "low": min(entry["low"] for entry in entries),
-        "high": max(entry["high"] for entry in entries),
+        **bounds(entries),
         "seeds": " ".join(str(entry["result"]["seed"]) for entry in entries),
         "samples": entries[0]["samples"],
         "feature": result["feature"]["name"],
@@ -91,17 +97,26 @@ def _row(
     }
 
 
+def bounds(entries: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """The lowest and highest end of intervals; None where none has one (too few observations)."""
+    return {
+        "low": min((e["low"] for e in entries if e["low"] is not None), default=None),
+        "high": max((e["high"] for e in entries if e["high"] is not None), default=None),
+    }
+
+
 def _check_alike(results: Sequence[Mapping[str, Any]]) -> None:
     """Only results that differ in model, weight and seed alone stand in one figure."""
 
     def settings(result: Mapping[str, Any]) -> dict:
-        kept = dict(result.get("settings", {}))
-        return {k: v for k, v in kept.items() if k != "guidance_weight"}
+        kept = {k: v for k, v in result["settings"].items() if k != "guidance_weight"}
+        return kept | {name: result.get(name, 1) for name in ("per_caption", "per_latent")}
 
     for what, value in (
         ("protocols", lambda r: r["protocol"]),
         ("features", lambda r: r["feature"]),
         ("references", lambda r: r["references"]),
+        ("data", lambda r: r.get("captions")),
         ("settings", lambda r: settings(r) if r["subject"] == "model" else None),
     ):
         distinct = [v for v in map(value, results) if v is not None]
@@ -119,8 +134,14 @@ def draw(table: Sequence[Mapping[str, Any]], along: str = "guidance") -> Figure:
     metrics = list(dict.fromkeys(row["metric"] for row in table))
     figure = Figure(figsize=(4.3 * len(metrics), 3.6), layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, len(metrics)))
+    labels = _labels(table, along)
+    looks = _looks(table, labels)
     for ax, metric in zip(axes, metrics, strict=True):
-        _panel(ax, metric, [row for row in table if row["metric"] == metric], along)
+        lines: dict[str, list[Mapping[str, Any]]] = {}
+        for row, label in zip(table, labels, strict=True):
+            if row["metric"] == metric:
+                lines.setdefault(label, []).append(row)
+        _panel(ax, metric, lines, looks, along)
     labelled = {}
     for ax in axes:
         labelled |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
@@ -135,13 +156,44 @@ def draw(table: Sequence[Mapping[str, Any]], along: str = "guidance") -> Figure:
     return figure
 
 
-def _panel(ax: Axes, metric: str, table: Sequence[Mapping[str, Any]], along: str) -> None:
-    others = iter(_OTHERS * len(table))
-    lines: dict[str, list[Mapping[str, Any]]] = {}
+def _labels(table: Sequence[Mapping[str, Any]], along: str) -> list[str]:
+    """The line that each row belongs to: a model, and what of it is not along the axis."""
+    steps: dict[str, set] = {}
     for row in table:
-        apart = along == "step" and row["guidance"] is not None
-        label = f"{row['model']}, guidance {row['guidance']:g}" if apart else row["model"]
-        lines.setdefault(label, []).append(row)
+        steps.setdefault(row["model"], set()).add(row["step"])
+    found = []
+    for row in table:
+        label, weight = row["model"], row["guidance"]
+        if along == "step" and weight is not None:
+            label += f", guidance {weight:g}"
+        elif along == "guidance" and len(steps[row["model"]]) > 1:
+            label += f", step {row['step']}"
+        found.append(label)
+    return found
+
+
+def _looks(table: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Colour and mark of each line, the same in all panels: a colour for each model."""
+    others = itertools.cycle(_OTHERS)
+    colours: dict[str, str] = {}
+    looks: dict[str, dict[str, str]] = {}
+    for row, label in zip(table, labels, strict=True):
+        name = row["model"]
+        if name not in colours:
+            colours[name] = _colour(name) or next(others)
+        if label not in looks:
+            own = sum(look["color"] == colours[name] for look in looks.values())
+            looks[label] = {"color": colours[name], "fmt": _MARKS[own % len(_MARKS)]}
+    return looks
+
+
+def _panel(
+    ax: Axes,
+    metric: str,
+    lines: Mapping[str, Sequence[Mapping[str, Any]]],
+    looks: Mapping[str, Mapping[str, str]],
+    along: str,
+) -> None:
     for label, own in lines.items():
         value = np.array([row["value"] for row in own])
         if label == "truth":
@@ -151,21 +203,21 @@ def _panel(ax: Axes, metric: str, table: Sequence[Mapping[str, Any]], along: str
         if label == "theory":
             ax.plot(places, value, "--", color=GREY, lw=1.4, label="theory without z (Eq. 6)")
             continue
-        bounds = np.array([[row["low"], row["high"]] for row in own]).T
+        # NaN, and so no bar, where a row has no interval.
+        low, high = (np.array([row[k] for row in own], np.float64) for k in ("low", "high"))
         ax.errorbar(
             places,
             value,
-            yerr=np.maximum(0, [value - bounds[0], bounds[1] - value]),
-            fmt="o-",
+            yerr=np.maximum(0, [value - low, high - value]),
             ms=5,
             lw=2,
             elinewidth=1,
             capsize=2,
-            color=(_colour(label) if along == "guidance" else None) or next(others),
             label=label,
+            **looks[label],
         )
     if along == "guidance":
-        weights = sorted({row["guidance"] for row in table if row["guidance"] is not None})
+        weights = sorted({row["guidance"] for own in lines.values() for row in own} - {None})
         if weights and min(weights) > 0:
             ax.set_xscale("log", base=2)
         ax.set_xticks(weights, [f"{weight:g}" for weight in weights])

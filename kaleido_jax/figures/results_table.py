@@ -9,16 +9,14 @@ from typing import Any
 import numpy as np
 
 from kaleido_jax.errors import UserError
-from kaleido_jax.figures.guidance import METRICS, open_results
-
-# Settings of one batch alone, which no reader asks for.
-_LEFT_OUT = ("batch_size",)
+from kaleido_jax.figures.guidance import METRICS, bounds, open_results
 
 
 def rows(paths: Sequence[pathlib.Path], metrics: Sequence[str] = METRICS) -> list[dict[str, Any]]:
     """A row for each kind of result, in order of the files: the mean over its seeds.
 
-    Keys: model, step (where any result has one), every setting that is not the same in all results,
+    Keys: model, the guidance weight, everything else that is not the same in all results (step,
+    settings, sizes of the protocol, data; the hash of the checkpoint where one name has several),
     seeds, samples, and for each metric METRIC, METRIC_low and METRIC_high (the lowest and highest
     end of the seeds' intervals; None where a result has not the metric).
 
@@ -35,43 +33,59 @@ def rows(paths: Sequence[pathlib.Path], metrics: Sequence[str] = METRICS) -> lis
     for metric in metrics:
         if metric not in known:
             raise UserError(f"no result has the metric {metric!r}; there are {', '.join(known)}")
-    described = [_settings(result) for result in results]
-    varied = _varied(described)
-    groups: dict[tuple, list[dict[str, Any]]] = {}
-    for result, settings in zip(results, described, strict=True):
-        key = tuple(repr(settings.get(name)) for name in varied)
-        name = result["name"] or result["subject"]
-        groups.setdefault((name, result["samples"], *key), []).append(result)
-    return [_row(name, varied, own, metrics) for (name, *_), own in groups.items()]
+    described = [_described(result) for result in results]
+    varied = _varied(results, described)
+    groups: dict[tuple, list[int]] = {}
+    for number, (result, settings) in enumerate(zip(results, described, strict=True)):
+        key = _name(result), *(repr(settings.get(name)) for name in varied), result["samples"]
+        groups.setdefault(key, []).append(number)
+    return [
+        _row([results[i] for i in own], described[own[0]], varied, metrics)
+        for own in groups.values()
+    ]
 
 
-def _settings(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What shaped a result's pictures, but for its seed and its model's weights."""
-    settings = {k: v for k, v in result.get("settings", {}).items() if k not in _LEFT_OUT}
-    names = ("step", "per_caption", "per_latent")
-    return {**{name: result.get(name) for name in names}, **settings}
+def _name(result: Mapping[str, Any]) -> str:
+    return result["name"] or result["subject"]
 
 
-def _varied(described: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names whose values differ between results that have them; the guidance weight always."""
-    names = dict.fromkeys(name for settings in described for name in settings)
+def _described(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What shaped a result, but for its seed."""
+    settings = {"guidance_weight": result["guidance_weight"], **result.get("settings", {})}
+    if result["subject"] == "model":
+        settings |= {name: result.get(name, 1) for name in ("per_caption", "per_latent")}
+        settings |= {"step": result.get("step"), "checkpoint": result.get("checkpoint_hash")}
+    sizes = {k: v for k, v in result["protocol"].items() if k not in ("name", "samples")}
+    data = (result.get("captions") or {}).get("source", {})
+    return settings | sizes | {f"data.{name}": value for name, value in data.items()}
+
+
+def _varied(
+    results: Sequence[Mapping[str, Any]], described: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """What differs between results that have it; step and checkpoint where one name has several."""
     found = []
-    for name in names:
-        values = {repr(s[name]) for s in described if s.get(name) is not None}
-        if len(values) > 1 or name == "guidance_weight":
+    for name in dict.fromkeys(name for settings in described for name in settings):
+        values: dict[str, set[str]] = {}
+        for result, settings in zip(results, described, strict=True):
+            if name in settings:
+                owner = _name(result) if name in ("checkpoint", "step") else ""
+                if name == "checkpoint":
+                    owner += f" {settings['step']}"
+                values.setdefault(owner, set()).add(repr(settings[name]))
+        if name == "guidance_weight" or any(len(own) > 1 for own in values.values()):
             found.append(name)
     return found
 
 
 def _row(
-    name: str,
-    varied: Sequence[str],
     results: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    varied: Sequence[str],
     metrics: Sequence[str],
 ) -> dict[str, Any]:
-    settings = _settings(results[0])
     row = {
-        "model": name,
+        "model": _name(results[0]),
         **{key: settings.get(key) for key in varied},
         "seeds": " ".join(str(result["seed"]) for result in results),
         "samples": results[0]["samples"],
@@ -80,8 +94,7 @@ def _row(
         entries = [{**r["metrics"], **r["adherence"]}.get(metric) for r in results]
         entries = [e for e in entries if e is not None and e["value"] is not None]
         row[metric] = float(np.mean([e["value"] for e in entries])) if entries else None
-        row[f"{metric}_low"] = min((e["low"] for e in entries), default=None)
-        row[f"{metric}_high"] = max((e["high"] for e in entries), default=None)
+        row |= {f"{metric}_{end}": value for end, value in bounds(entries).items()}
     return row
 
 

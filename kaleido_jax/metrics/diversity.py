@@ -96,16 +96,21 @@ def similarity_within(
         groups.setdefault(caption, {}).setdefault(latent, []).append(number)
     found: tuple[list[float], ...] = ([], [], [])
     for own in groups.values():
-        totals = np.array([_total(rows, numbers) for numbers in own.values()])
-        counts = np.array([len(numbers) for numbers in own.values()])
-        same = (totals * totals).sum() - counts.sum(), (counts * (counts - 1)).sum()
-        together, count = totals.sum(0), counts.sum()
+        count = sum(map(len, own.values()))
+        if count < 2:
+            continue
+        together, same = np.zeros(rows.width), 0.0
+        for numbers in own.values():
+            total = _total(rows, numbers)
+            together += total
+            same += total @ total
+        # Sums of cosines of ordered pairs; the row with itself, 1, is none.
         pairs = together @ together - count, count * (count - 1)
-        for kind, (cosines, number) in enumerate(
-            (pairs, same, (pairs[0] - same[0], pairs[1] - same[1]))
-        ):
-            if number and (kind == 0 or latents is not None):
-                found[kind].append(cosines / number)
+        alike = same - count, sum(len(n) * (len(n) - 1) for n in own.values())
+        kinds = pairs, alike, (pairs[0] - alike[0], pairs[1] - alike[1])
+        for place, (cosines, number) in enumerate(kinds):
+            if number and (place == 0 or latents is not None):
+                found[place].append(cosines / number)
     return tuple(map(np.array, found))
 
 

@@ -108,7 +108,7 @@ def test_pictures_may_share_a_latent(tmp_path, capsys):
     """Six of a caption, three of each z, also where a part ends between the three."""
     model = checkpoint(tmp_path)
     small = "--samples 120 --per-caption 6 --metrics similarity --steps 1 --batch-size"
-    drawn = {}
+    drawn, painted = {}, {}
     for size in ("120", "50"):
         line = words(model, tmp_path / size, *small.split(), size, "--per-latent", "3")
         assert cli.main(line) == 0
@@ -118,6 +118,7 @@ def test_pictures_may_share_a_latent(tmp_path, capsys):
                 lines = file["documents"].tobytes().splitlines()
                 documents += [json.loads(line) for line in lines]
                 images += list(file["images"])
+        painted[size] = np.stack(images)
         drawn[size] = [(d["caption"], d["latents"], d["sample_index"]) for d in documents]
         shared = [json.dumps(document["latents"]) for document in documents]
         assert all(len(set(shared[i : i + 3])) == 1 for i in range(0, 120, 3))
@@ -129,5 +130,18 @@ def test_pictures_may_share_a_latent(tmp_path, capsys):
         )
         assert {"similarity", "similarity_other_z"} <= set(result["metrics"])
     assert drawn["120"] == drawn["50"]
+    assert [index for _, _, index in drawn["50"]] == list(range(120))
+    assert np.abs(painted["120"].astype(int) - painted["50"]).max() <= 1
     assert cli.main(words(model, tmp_path / "no", *small.split(), "50", "--per-latent", "4")) == 2
     assert "must be a multiple of --per-latent" in capsys.readouterr().err
+
+
+def test_without_latents_none_can_be_shared(tmp_path, capsys):
+    config = _config(latents=())
+    config.data.image_size = 32
+    model = bundle.save(tmp_path / "model", _bundle(config))
+    small = "--samples 6 --per-caption 6 --metrics similarity --steps 1".split()
+    assert cli.main(words(model, tmp_path / "out", *small, "--per-latent", "2")) == 2
+    assert "--per-latent: this model has no latents" in capsys.readouterr().err
+    assert cli.main(words(model, tmp_path / "out", *small)) == 0
+    assert list(results(tmp_path / "out")[0]["metrics"]) == ["similarity"]
