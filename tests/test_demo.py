@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from kaleido_jax import bundle, demo
+from kaleido_jax import demo
 from kaleido_jax.data import ShapesSource, shapes_modes
 from kaleido_jax.data import toy as toy_data
 from kaleido_jax.demo import (
@@ -368,44 +368,6 @@ def test_markup_escapes():
 
 
 # ---- the whole ------------------------------------------------------------------------------
-
-
-def test_shipped_weights_open_and_are_small():
-    found = {model: bundle.load(shapes.shipped(model)) for model in shapes.MODELS}
-    assert tuple(found["kaleido"].config.latents) == ("bbox",)
-    assert tuple(found["baseline"].config.latents) == ()
-    assert tuple(bundle.load(shapes.shipped("text")).config.latents) == ("text",)
-    files = [p for model in (*shapes.MODELS, "text") for p in shapes.shipped(model).iterdir()]
-    assert sum(p.stat().st_size for p in files) < 12e6
-    with pytest.raises(UserError, match="no weights"):
-        shapes.shipped("other")
-
-
-def test_models_that_were_trained_alike():
-    """Also of configs from before a field was there, as a shipped model may have one."""
-    configs = [bundle.load(shapes.shipped(model)).config for model in shapes.MODELS]
-    assert shapes._trained_alike(configs) in (True, False)
-    one = configs[0].copy_and_resolve_references()
-    with one.unlocked():
-        for field in ("noisy_steps", "noisy_share"):
-            if field in one.train:
-                del one.train[field]
-    assert shapes._trained_alike([one, one.copy_and_resolve_references()])
-    for key, value in (("noisy_steps", 7), ("noisy_share", 0.5), ("num_steps", 7)):
-        other = one.copy_and_resolve_references()
-        with other.unlocked():
-            other.train[key] = value
-        assert not shapes._trained_alike([one, other]), key
-
-
-def test_models_with_other_sampling_are_not_compared(tmp_path):
-    folders = {model: shapes.shipped(model) for model in shapes.MODELS}
-    changed = bundle.load(folders["baseline"])
-    with changed.config.unlocked():
-        changed.config.sample.steps = 7
-    folders["baseline"] = bundle.save(tmp_path / "other", changed)
-    with pytest.raises(UserError, match="defaults of sampling"):
-        shapes.open_models(folders)
 
 
 def test_compiled_programs_are_kept_only_meanwhile(tmp_path):
