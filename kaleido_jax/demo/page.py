@@ -252,8 +252,7 @@ def _making(results: dict[str, Any]) -> list[str]:
         ),
         markup.links("All numbers:", ["results.json"]),
         markup.paragraph(
-            "Train them yourself: kaleido train --config shapes --workdir runs/shapes, and the "
-            "baseline with --config.latents='()'.",
+            "Train them yourself: docs/reproduction.md has the commands.",
             soft=True,
         ),
     ]
