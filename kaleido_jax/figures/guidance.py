@@ -15,7 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kaleido_jax.errors import UserError
-from kaleido_jax.evaluate.results import read_results
+from kaleido_jax.figures.comparing import (
+    bounds,
+    check_metrics,
+    check_same,
+    entry_of,
+    model_name,
+    open_results,
+)
 from kaleido_jax.figures.style import BASELINE, COLOURS, FAINT, GREY, INK, KALEIDO
 
 METRICS = ("fid", "recall_3")
@@ -50,27 +57,15 @@ def rows(
                 "those of exports do not"
             )
     _check_alike(results)
+    check_metrics(results, metrics)
     found: dict[tuple, list[dict[str, Any]]] = {}
     for result in results:
-        name = result["name"] or result["subject"]
         for metric in metrics:
-            entry = {**result["metrics"], **result["adherence"]}.get(metric)
-            if entry is not None and entry["value"] is not None:
-                key = metric, name, result["guidance_weight"], result.get("step")
+            entry = entry_of(result, metric)
+            if entry is not None:
+                key = metric, model_name(result), result["guidance_weight"], result.get("step")
                 found.setdefault(key, []).append(entry | {"result": result})
-    for metric in metrics:
-        if not any(key[0] == metric for key in found):
-            known = sorted({n for r in results for n in (*r["metrics"], *r["adherence"])})
-            raise UserError(f"no result has the metric {metric!r}; there are {', '.join(known)}")
     return [_row(*key, entries) for key, entries in sorted(found.items(), key=_order)]
-
-
-def open_results(paths: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
-    """All results of the files; UserError where there is none."""
-    results = [result for path in paths for result in read_results(path)]
-    if not results:
-        raise UserError(f"{', '.join(map(str, paths))}: no results of `kaleido evaluate`")
-    return results
 
 
 def _order(item: tuple) -> tuple:
@@ -97,14 +92,6 @@ def _row(
     }
 
 
-def bounds(entries: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """The lowest and highest end of intervals; None where none has one (too few observations)."""
-    return {
-        "low": min((e["low"] for e in entries if e["low"] is not None), default=None),
-        "high": max((e["high"] for e in entries if e["high"] is not None), default=None),
-    }
-
-
 def _check_alike(results: Sequence[Mapping[str, Any]]) -> None:
     """Only results that differ in model, weight and seed alone stand in one figure."""
 
@@ -112,17 +99,11 @@ def _check_alike(results: Sequence[Mapping[str, Any]]) -> None:
         kept = {k: v for k, v in result["settings"].items() if k != "guidance_weight"}
         return kept | {name: result.get(name, 1) for name in ("per_caption", "per_latent")}
 
-    for what, value in (
-        ("protocols", lambda r: r["protocol"]),
-        ("features", lambda r: r["feature"]),
-        ("references", lambda r: r["references"]),
-        ("data", lambda r: r.get("captions")),
-        ("settings", lambda r: settings(r) if r["subject"] == "model" else None),
-    ):
-        distinct = [v for v in map(value, results) if v is not None]
-        other = next((v for v in distinct if v != distinct[0]), None)
-        if other is not None:
-            raise UserError(f"the results have different {what}: {distinct[0]} and {other}")
+    check_same(results, "protocols", lambda r: r["protocol"])
+    check_same(results, "features", lambda r: r["feature"])
+    check_same(results, "references", lambda r: r["references"])
+    check_same(results, "data", lambda r: r.get("captions"))
+    check_same([r for r in results if r["subject"] == "model"], "settings", settings)
 
 
 def draw(table: Sequence[Mapping[str, Any]], along: str = "guidance") -> Figure:

@@ -8,8 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from kaleido_jax.errors import UserError
-from kaleido_jax.figures.guidance import METRICS, bounds, open_results
+from kaleido_jax.figures.comparing import (
+    bounds,
+    check_metrics,
+    check_same,
+    entry_of,
+    model_name,
+    open_results,
+)
+from kaleido_jax.figures.guidance import METRICS
 
 
 def rows(paths: Sequence[pathlib.Path], metrics: Sequence[str] = METRICS) -> list[dict[str, Any]]:
@@ -24,29 +31,19 @@ def rows(paths: Sequence[pathlib.Path], metrics: Sequence[str] = METRICS) -> lis
       UserError: no results, no such metric, or results with other features or references.
     """
     results = open_results(paths)
-    for what in ("feature", "references"):
-        distinct = [r[what] for r in results if r.get(what) is not None]
-        other = next((v for v in distinct if v != distinct[0]), None)
-        if other is not None:
-            raise UserError(f"the results have different {what}: {distinct[0]} and {other}")
-    known = sorted({n for r in results for n in (*r["metrics"], *r["adherence"])})
-    for metric in metrics:
-        if metric not in known:
-            raise UserError(f"no result has the metric {metric!r}; there are {', '.join(known)}")
+    check_same(results, "features", lambda r: r.get("feature"))
+    check_same(results, "references", lambda r: r.get("references"))
+    check_metrics(results, metrics)
     described = [_described(result) for result in results]
     varied = _varied(results, described)
     groups: dict[tuple, list[int]] = {}
     for number, (result, settings) in enumerate(zip(results, described, strict=True)):
-        key = _name(result), *(repr(settings.get(name)) for name in varied), result["samples"]
+        key = model_name(result), *(repr(settings.get(name)) for name in varied), result["samples"]
         groups.setdefault(key, []).append(number)
     return [
         _row([results[i] for i in own], described[own[0]], varied, metrics)
         for own in groups.values()
     ]
-
-
-def _name(result: Mapping[str, Any]) -> str:
-    return result["name"] or result["subject"]
 
 
 def _described(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,7 +66,7 @@ def _varied(
         values: dict[str, set[str]] = {}
         for result, settings in zip(results, described, strict=True):
             if name in settings:
-                owner = _name(result) if name in ("checkpoint", "step") else ""
+                owner = model_name(result) if name in ("checkpoint", "step") else ""
                 if name == "checkpoint":
                     owner += f" {settings['step']}"
                 values.setdefault(owner, set()).add(repr(settings[name]))
@@ -85,14 +82,13 @@ def _row(
     metrics: Sequence[str],
 ) -> dict[str, Any]:
     row = {
-        "model": _name(results[0]),
+        "model": model_name(results[0]),
         **{key: settings.get(key) for key in varied},
         "seeds": " ".join(str(result["seed"]) for result in results),
         "samples": results[0]["samples"],
     }
     for metric in metrics:
-        entries = [{**r["metrics"], **r["adherence"]}.get(metric) for r in results]
-        entries = [e for e in entries if e is not None and e["value"] is not None]
+        entries = [e for e in (entry_of(r, metric) for r in results) if e is not None]
         row[metric] = float(np.mean([e["value"] for e in entries])) if entries else None
         row |= {f"{metric}_{end}": value for end, value in bounds(entries).items()}
     return row

@@ -1,0 +1,55 @@
+"""Results of `kaleido evaluate` as figures and tables read them: whole, and where comparable."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kaleido_jax.errors import UserError
+from kaleido_jax.evaluate.results import read_results
+
+Result = Mapping[str, Any]
+
+
+def open_results(paths: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
+    """All results of the files; UserError where there is none."""
+    results = [result for path in paths for result in read_results(path)]
+    if not results:
+        raise UserError(f"{', '.join(map(str, paths))}: no results of `kaleido evaluate`")
+    return results
+
+
+def model_name(result: Result) -> str:
+    """The model's name; 'truth' or 'theory' of what is no model."""
+    return result["name"] or result["subject"]
+
+
+def entry_of(result: Result, metric: str) -> dict[str, Any] | None:
+    """The entry of a key of the result's metrics or adherence, None without a value."""
+    entry = {**result["metrics"], **result["adherence"]}.get(metric)
+    return None if entry is None or entry["value"] is None else entry
+
+
+def bounds(entries: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """The lowest and highest end of intervals; None where none has one (too few observations)."""
+    return {
+        "low": min((e["low"] for e in entries if e["low"] is not None), default=None),
+        "high": max((e["high"] for e in entries if e["high"] is not None), default=None),
+    }
+
+
+def check_metrics(results: Sequence[Result], metrics: Sequence[str]) -> None:
+    """Raises UserError for a metric that no result has."""
+    known = sorted({n for r in results for n in (*r["metrics"], *r["adherence"])})
+    for metric in metrics:
+        if not any(entry_of(result, metric) for result in results):
+            raise UserError(f"no result has the metric {metric!r}; there are {', '.join(known)}")
+
+
+def check_same(results: Sequence[Result], what: str, value: Callable[[Result], Any]) -> None:
+    """Raises UserError where two results differ in a value; None differs from nothing."""
+    found = [v for v in map(value, results) if v is not None]
+    other = next((v for v in found if v != found[0]), None)
+    if other is not None:
+        raise UserError(f"the results have different {what}: {found[0]} and {other}")
