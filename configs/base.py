@@ -97,6 +97,7 @@ def get_config() -> ConfigDict:
     c.model.latent_decoder = ConfigDict(t5(vocab_size=40320))  # Sec. 4.1: vocabulary resized
     c.model.freeze_encoder = True  # Sec. 3.3: "we freeze the context encoder"
     c.model.read_tokens = False  # ours: whether states of z also carry the tokens' embeddings
+    c.model.section_tokens = ()  # (first id, count): counts their places from a section's start
     c.model.frozen_storage = "float32"  # ours, of a frozen encoder: or 'bfloat16', 'int8'
     # 'all' (Sec. 3.3), 'last:N' layers or 'lora:RANK': App. C, "partial training".
     c.model.train_decoder = "all"

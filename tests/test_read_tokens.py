@@ -71,3 +71,33 @@ def test_states_gain_the_token_and_its_place_and_logits_stay():
     np.testing.assert_allclose(
         gains[1] - np.asarray(table)[np.array([0, 9, 8, 1])], places[:4], atol=1e-5
     )
+
+
+def test_places_count_from_the_token_that_opened_the_section():
+    """A box then reads the same after a text of any length."""
+    config = tiny_config()
+    config.model.read_tokens, config.model.section_tokens = True, (1508, 4)
+    params = Trainer(config).init().params
+    model = Kaleido(KaleidoConfig.from_config(config))
+    caption = jnp.array([[5, 6, 1]])
+    table = np.asarray(params["latent_decoder"]["token_embedder"]["embedding"])
+
+    def places(cfg, z):
+        model = Kaleido(cfg)
+        encoded = model.apply({"params": params}, caption, method="encode")
+        arguments = ({"params": params}, jnp.array([z]), encoded)
+        plain = Kaleido(dataclasses.replace(cfg, read_tokens=False))
+        reading, same = (m.apply(*arguments, method="latent_states")[0] for m in (model, plain))
+        return np.asarray(reading - same)[0] - table[np.array([0, *z])]
+
+    counted = places(model.cfg, [1508, 7, 8, 9, 1509, 7, 8, 1])
+    np.testing.assert_allclose(counted[2:5], counted[6:9], atol=1e-5)
+    np.testing.assert_allclose(counted[[0, 0]], counted[[1, 5]], atol=1e-5)
+    from_start = places(
+        dataclasses.replace(model.cfg, section_tokens=()), [1508, 7, 8, 9, 1509, 7, 8, 1]
+    )
+    np.testing.assert_allclose(counted[2:5], from_start[1:4], atol=1e-5)
+    assert np.abs(from_start[2:5] - from_start[6:9]).max() > 0.5
+    config.model.section_tokens = (1508,)
+    with pytest.raises(UserError, match=r"model.section_tokens.*\(1508,\).*first id, count"):
+        KaleidoConfig.from_config(config)

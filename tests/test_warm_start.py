@@ -92,6 +92,32 @@ def test_training_goes_on_from_there(weights, tmp_path):
     assert moved > 100
 
 
+def test_more_vokens_leave_the_other_tokens_as_they_were(weights):
+    cfg = kaleido_config(weights)
+    with cfg.unlocked():
+        cfg.vocabulary.num_vokens = 100
+        cfg.model.latent_decoder.vocab_size = 1664
+    got, found, said, _ = start(cfg)
+    grown = {n for n in got if got[n].shape != found[n].shape}
+    table, head = "token_embedder/embedding", "decoder/logits_dense/kernel"
+    assert grown == {f"latent_decoder/{table}", f"latent_decoder/{head}"}
+    for name in got.keys() - grown:
+        np.testing.assert_array_equal(got[name], found[name], err_msg=name)
+    for name, axis in ((table, 0), (head, 1)):
+        old, new = np.split(got[f"latent_decoder/{name}"], [1536], axis)
+        np.testing.assert_array_equal(old, found[f"latent_decoder/{name}"])
+        assert new.shape[axis] == 128 and not new.any()  # as `start` initialises
+    assert sum("the first 1536 tokens" in line for line in said) == 2
+
+
+def test_rows_without_vokens_to_fill_them_are_a_mistake(weights):
+    cfg = kaleido_config(weights)
+    with cfg.unlocked():
+        cfg.model.latent_decoder.vocab_size = 1664
+    with pytest.raises(UserError, match=r"embedding is \[1536, 48\], should be \[1664, 48\]"):
+        start(cfg)
+
+
 def test_another_condition_starts_anew(weights):
     """As MDM (2048 wide, nothing learned) to Kaleido (1024 wide, 2 learned layers)."""
     cfg = kaleido_config(weights, dict(conditioning_feature_proj_dim=16, num_lm_head_layers=2))

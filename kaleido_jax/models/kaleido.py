@@ -39,6 +39,9 @@ class KaleidoConfig:
       read_tokens: add to each state of the decoder the embedding of the token that was read there
         and a fixed direction for its place. The states alone are trained to foretell the next
         token: a narrow decoder forgets the one that it has read, and which number of a box it was.
+      section_tokens: (first id, count) of the tokens that open a latent where there are several;
+        `read_tokens` counts places from the last of them, so that a box reads the same after a
+        text of any length. () counts from the start.
     """
 
     text_encoder: T5Config
@@ -47,6 +50,7 @@ class KaleidoConfig:
     denoiser: Any
     freeze_encoder: bool = True
     read_tokens: bool = False
+    section_tokens: tuple[int, ...] = ()
 
     @property
     def ratios(self) -> tuple[int, ...]:
@@ -85,6 +89,12 @@ class KaleidoConfig:
                 f"{innermost.conditioning_feature_dim}; it must be the text encoder's emb_dim, "
                 f"{encoder.emb_dim}"
             )
+        sections = tuple(model.get("section_tokens", ()))
+        if len(sections) not in (0, 2):
+            raise UserError(
+                f"config key 'model.section_tokens' is {sections}; it must be () or (first id, "
+                "count)"
+            )
         return cls(
             encoder,
             decoder,
@@ -92,6 +102,7 @@ class KaleidoConfig:
             denoiser,
             model.freeze_encoder,
             model.get("read_tokens", False),
+            sections,
         )
 
     def portable(self) -> KaleidoConfig:
@@ -157,7 +168,8 @@ class Kaleido(nn.Module):
             inputs, encoded.states, encoded.mask, input_mask=input_mask, train=train
         )
         if self.cfg.read_tokens:
-            read = self.latent_decoder.token_embedder(inputs) + _places(*hidden.shape[1:])
+            directions = _directions(*hidden.shape[1:])[_places(inputs, self.cfg.section_tokens)]
+            read = self.latent_decoder.token_embedder(inputs) + directions
             hidden = hidden + read.astype(hidden.dtype)
         return hidden, logits, mask
 
@@ -214,7 +226,17 @@ class Kaleido(nn.Module):
         return self.denoise(pyramid, time_index, self.encode_condition(condition))
 
 
-def _places(length: int, width: int) -> Float[Array, "length width"]:
+def _places(inputs: Int[Array, "b length"], sections: tuple[int, ...]) -> Int[Array, "b length"]:
+    """How far each token is from the last one that opens a section, or from the start."""
+    place = jnp.arange(inputs.shape[1])
+    if not sections:
+        return jnp.broadcast_to(place, inputs.shape)
+    first, count = sections
+    opens = (inputs >= first) & (inputs < first + count)
+    return place - jax.lax.cummax(jnp.where(opens, place, 0), axis=1)
+
+
+def _directions(length: int, width: int) -> Float[Array, "length width"]:
     """A random direction for each place of a sequence; the same for a place at any length."""
     keys = jax.vmap(lambda place: jax.random.fold_in(jax.random.key(0), place))(jnp.arange(length))
     return jax.vmap(lambda key: jax.random.normal(key, (width,)))(keys)

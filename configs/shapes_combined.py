@@ -1,0 +1,20 @@
+"""The embedded shapes with all of Section 3.2 in one sequence: description, boxes, vokens.
+
+It goes on from the weights of a `shapes` run: --config.init_from="('WORKDIR',)".
+"""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from kaleido_jax.configs import shapes
+
+
+def get_config() -> ConfigDict:
+    c = shapes.get_config()
+    c.latents = ("text", "bbox", "voken")
+    c.data.latent_length = 138
+    c.vocabulary.num_vokens = 1000  # the patch tokenizer's
+    c.model.latent_decoder.vocab_size = 2560
+    c.model.section_tokens = (1508, 4)
+    return c
