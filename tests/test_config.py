@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kaleido_jax import config as config_lib
+from kaleido_jax import tokens
 from kaleido_jax.errors import UserError
 from kaleido_jax.losses import LossConfig
 from kaleido_jax.models.kaleido import KaleidoConfig
@@ -130,3 +131,10 @@ def test_lists_and_tuples_do_not_differ():
 def test_samples_are_not_drawn_every_minus_one_steps():
     with pytest.raises(UserError, match=r"'train\.sample_every' is -1; it must not be negative"):
         load("train.sample_every=-1")
+
+
+def test_the_combined_shapes_count_places_from_the_vocabularys_sections():
+    cfg = load(name="shapes_combined")
+    vocabulary = tokens.Vocabulary.default(cfg.vocabulary.num_vokens)
+    assert cfg.model.section_tokens == (vocabulary.section_offset, len(tokens.SECTIONS))
+    assert cfg.model.latent_decoder.vocab_size == vocabulary.size
