@@ -17,4 +17,6 @@ def get_config() -> ConfigDict:
     c.vocabulary.num_vokens = 1000  # the patch tokenizer's
     c.model.latent_decoder.vocab_size = 2560
     c.model.section_tokens = (1508, 4)
+    c.train.num_steps = 4_000
+    c.train.noisy_steps = 1_200
     return c

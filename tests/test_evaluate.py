@@ -34,7 +34,7 @@ def truth():
 
 
 def means(found: adherence.Found) -> dict[str, float]:
-    return {name: float(np.mean(values)) for name, values in found.items()}
+    return {name: float(np.mean([value for _, value in of])) for name, of in found.items()}
 
 
 def test_true_pictures_follow_their_latents(truth):
@@ -90,7 +90,11 @@ def test_grounding_engines_are_held_against_boxes():
     images = np.zeros((2, 8, 8, 3), np.uint8)
     documents = [LatentDocument("a dog", {"bbox": written}), LatentDocument("a dog", {})]
     found = detector.judge(images, documents)
-    assert found == {"found": [1, 0], "box_iou": [0.5, 0], "box_success": [1, 0]}
+    wanted = {"found": [1, 0], "box_iou": [0.5, 0], "box_success": [1, 0]}
+    assert found == {name: [(0, value) for value in of] for name, of in wanted.items()}
+    later = {name: [(9, value) for value in of] for name, of in wanted.items()}
+    together = adherence.merge([(0, found), (9, found)])
+    assert together == {name: found[name] + later[name] for name in wanted}
 
 
 def test_modes_of_true_pictures_are_the_tables():
@@ -98,7 +102,7 @@ def test_modes_of_true_pictures_are_the_tables():
     images = np.stack([shapes.render(scene, 32) for scene in scenes])
     captions = [shapes_text.caption(scene) for scene in scenes]
     read = shapes_detector.read_modes(images, captions)
-    found, tables = modes.measure(read, captions, 8.0, 20, 0, results.entry)
+    found, tables = modes.measure(read, captions, 8.0, 20, 0, 1, results.entry)
     assert found["readable"]["value"] > 0.99
     assert found["tv"]["value"] < 0.1  # 150 pictures of a theme
     assert found["theory_background"]["value"] > 0.3  # far from collapse
@@ -106,7 +110,7 @@ def test_modes_of_true_pictures_are_the_tables():
     assert np.array(tables["shape"]["found"]).shape == (4, 4)
     # All pictures of the first background: the distance is what its tables leave.
     collapsed = {**read, "background": np.zeros(len(scenes), int)}
-    value = modes.measure(collapsed, captions, 8.0, 5, 0, results.entry)[0]["tv_background"]
+    value = modes.measure(collapsed, captions, 8.0, 5, 0, 1, results.entry)[0]["tv_background"]
     assert value["value"] == pytest.approx(np.mean(1 - shapes.TABLES["background"][:, 0]))
 
 
@@ -179,7 +183,7 @@ def test_features_tell_true_pictures_from_spoiled_ones(name, tmp_path):
         rows, _ = feature.compute(images)
         found = measure.by_features(
             ("fid", "precision", "recall"), measure.Rows([rows]), measure.Rows([]), (), references,
-            protocol, 0, lambda line: None,
+            protocol, 1, 0, lambda line: None,
         )  # fmt: skip
         return found
 

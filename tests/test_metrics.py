@@ -124,6 +124,29 @@ def test_intervals_cover_and_are_seeded():
     assert value == diversity.vendi_score(values.reshape(100, 4))
 
 
+def test_intervals_draw_together_what_is_not_independent():
+    """400 values in runs of four alike say no more than the 100 that they are."""
+    hundred = normal(0, 100)
+    values, of = np.repeat(hundred, 4), np.repeat(np.arange(100), 4)
+    mean, (low, high) = bootstrap.of_mean(values, 200, 1, of)
+    assert mean == pytest.approx(hundred.mean())
+    wanted = bootstrap.of_mean(hundred, 200, 1)[1]
+    np.testing.assert_allclose((low, high), wanted)
+    runs = bootstrap.of_statistic(lambda c: float(c @ values) / 400, 400, 200, 1, each=4)[1]
+    np.testing.assert_allclose(runs, wanted)
+    assert (high - low) > 1.5 * np.diff(bootstrap.of_mean(values, 200, 1)[1])[0]
+    # Groups of one, whatever they are called, change nothing.
+    assert bootstrap.of_mean(hundred, 50, 1, np.arange(100) * 7)[1] == pytest.approx(
+        bootstrap.of_mean(hundred, 50, 1)[1]
+    )
+    # The last run may be short; groups of different sizes weigh by their size.
+    assert all(len(c) == 10 and c[8] == c[9] for c in bootstrap.resamples(10, 5, 0, each=4))
+    drawn = list(bootstrap.resamples(2, 50, 1))
+    ragged = bootstrap.of_mean(np.array([0.0, 0.0, 3.0]), 50, 1, np.array([5, 5, 2]))
+    means = [3 * c[0] / (c[0] + 2 * c[1]) for c in drawn]
+    assert ragged == (1.0, bootstrap.interval(1.0, means))
+
+
 def parts(folder, count: int) -> Rows:
     """`count` rows of 64 features in files of 500 rows."""
     paths = []

@@ -26,6 +26,6 @@ def followed(
     found = ShapesDetector().judge(images, documents)
     measures = {name: found.get(name.replace(" ", "_").lower(), []) for name in CHANCE}
     return {
-        name: float(np.mean(values)) if values else float("nan")
+        name: float(np.mean([value for _, value in values])) if values else float("nan")
         for name, values in measures.items()
     }

@@ -7,7 +7,6 @@ latents is the ceiling.
 from __future__ import annotations
 
 import difflib
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -26,8 +25,9 @@ SUCCESS = 0.5  # intersection over union from which a box is hit
 ROUND = 0.8  # r_minor / r_major from which an ellipse has no clear angle
 _MASK = 64  # pixels of a side, for the overlap of ellipses
 Images = UInt8[np.ndarray, "n h w 3"]
-# Name of a measure -> its values, one for each thing that was written and could be judged.
-Found = dict[str, list[float]]
+# Name of a measure -> (number of the picture, value) of each thing that was written and could be
+# judged.
+Found = dict[str, list[tuple[int, float]]]
 
 
 class Detector(Protocol):
@@ -65,45 +65,51 @@ class ShapesDetector:
 
     def judge(self, images: Images, documents: Sequence[LatentDocument]) -> Found:
         found: Found = {}
-        for image, document in zip(images, documents, strict=True):
+        for row, (image, document) in enumerate(zip(images, documents, strict=True)):
             reading = shapes_detector.read(image)
             for name in ("bbox", "blob"):
                 if name in document.latents:
                     parse = bbox.parse if name == "bbox" else blob.parse
-                    self._grounded(found, reading, parse(document.latents[name]))
+                    self._grounded(found, row, reading, parse(document.latents[name]))
             if "text" in document.latents and not document.latents.keys() & {"bbox", "blob"}:
                 for claim in named_objects(document.latents["text"]):
-                    self._modes(found, reading.by_hue(claim.hue), claim)
+                    self._modes(found, row, reading.by_hue(claim.hue), claim)
         return found
 
-    def _grounded(self, found: Found, reading: shapes_detector.Reading, segments: Any) -> None:
+    def _grounded(
+        self, found: Found, row: int, reading: shapes_detector.Reading, segments: Any
+    ) -> None:
         claims, layout, background = read_grounded(segments)
         if background is not None:
-            _add(found, "background", reading.background == background)
+            _add(found, "background", row, reading.background == background)
         hues = [claim.hue for claim in claims]
         if layout is not None and len(hues) > 1 and None not in hues[:2]:
             seen = reading.layout(hues[0], hues[1])
             if seen is not None:
-                _add(found, "layout", seen == layout)
+                _add(found, "layout", row, seen == layout)
         for claim in claims:
             item = None if claim.hue is None else reading.by_hue(claim.hue)
-            self._modes(found, item, claim)
+            self._modes(found, row, item, claim)
             if isinstance(claim.figure, bbox.Box):
                 overlap = 0.0 if item is None else shapes_detector.box_iou(item.box, corners(claim))
-                _add(found, "box_iou", overlap)
-                _add(found, "box_success", overlap >= SUCCESS)
+                _add(found, "box_iou", row, overlap)
+                _add(found, "box_success", row, overlap >= SUCCESS)
                 continue
             figure = claim.figure
-            _add(found, "blob_iou", 0.0 if item is None else _ellipse_iou(item.ellipse, figure))
+            overlap = 0.0 if item is None else _ellipse_iou(item.ellipse, figure)
+            _add(found, "blob_iou", row, overlap)
             if item is not None and figure.r_minor < ROUND * figure.r_major:
-                _add(found, "angle", shapes_detector.angle_error(item.ellipse[4], figure.theta))
+                turned = shapes_detector.angle_error(item.ellipse[4], figure.theta)
+                _add(found, "angle", row, turned)
 
-    def _modes(self, found: Found, item: shapes_detector.Found | None, claim: Claim) -> None:
+    def _modes(
+        self, found: Found, row: int, item: shapes_detector.Found | None, claim: Claim
+    ) -> None:
         if claim.hue is not None:
-            _add(found, "hue", item is not None)
+            _add(found, "hue", row, item is not None)
         if item is not None:
-            _add(found, "shade", item.shade == claim.shade)
-            _add(found, "shape", item.shape == claim.shape)
+            _add(found, "shade", row, item.shade == claim.shade)
+            _add(found, "shape", row, item.shape == claim.shape)
 
 
 def corners(claim: Claim) -> tuple[int, int, int, int]:
@@ -131,8 +137,8 @@ def _ellipse_iou(seen: tuple[float, ...], written: blob.Ellipse) -> float:
     return float((one & two).sum() / union) if union else 0.0
 
 
-def _add(found: Found, name: str, value: Any) -> None:
-    found.setdefault(name, []).append(float(value))
+def _add(found: Found, name: str, row: int, value: Any) -> None:
+    found.setdefault(name, []).append((row, float(value)))
 
 
 # ---- visual tokens --------------------------------------------------------------------------
@@ -150,8 +156,11 @@ class VokenDetector:
             return {}
         written = [voken.parse(documents[i].latents["voken"]) for i in rows]
         seen = self._encode(images[rows])
-        pairs = [(a, b) for a, b in zip(written, seen, strict=True) if b]
-        return {"voken": [float(np.mean(np.array(a) == np.array(b))) for a, b in pairs]}
+        found: Found = {"voken": []}
+        for row, ours, theirs in zip(rows, written, seen, strict=True):
+            if theirs:
+                _add(found, "voken", row, np.mean(np.array(ours) == np.array(theirs)))
+        return found
 
 
 def _patch(spec: str) -> Detector:
@@ -206,9 +215,9 @@ class GroundingDetector:
                 for words, box in _pairs(segment):
                     others = [other for theirs, other in boxes if words & theirs]
                     best = max((_box_iou(box, other) for other in others), default=0.0)
-                    _add(found, "found", bool(others))
-                    _add(found, "box_iou", best)
-                    _add(found, "box_success", best >= SUCCESS)
+                    _add(found, "found", row, bool(others))
+                    _add(found, "box_iou", row, best)
+                    _add(found, "box_success", row, best >= SUCCESS)
         return found
 
 
@@ -247,8 +256,10 @@ DETECTORS: Mapping[str, Callable[[str], Detector]] = {
 }
 
 
-def merge(parts: Sequence[Found]) -> Found:
-    """Values of several parts together."""
-    return functools.reduce(
-        lambda a, b: {name: a.get(name, []) + b.get(name, []) for name in (*a, *b)}, parts, {}
-    )
+def merge(parts: Sequence[tuple[int, Found]]) -> Found:
+    """Values of several parts together, each with the number of its first picture."""
+    together: Found = {}
+    for first, found in parts:
+        for name, values in found.items():
+            together.setdefault(name, []).extend((first + row, value) for row, value in values)
+    return together

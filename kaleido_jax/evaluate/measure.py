@@ -20,6 +20,7 @@ from kaleido_jax.metrics.rows import Rows
 
 KS = (3, 5)
 NEIGHBOURS = ("precision", "recall", "density", "coverage")
+OF_PICTURES = ("precision", "density")  # a mean over pictures; of the others over references
 # Name -> what it is. `fid` is the Frechet distance of whatever feature is chosen.
 METRICS = {
     "fid": "Frechet distance to the references",
@@ -61,15 +62,19 @@ def by_features(
     groups: Groups,
     references: References,
     protocol: Protocol,
+    each: int,
     seed: int,
     say: Say,
 ) -> Entries:
-    """Entries of the metrics that compare features; `seed` is of the intervals."""
+    """Entries of the metrics that compare features.
+
+    `seed` is of the intervals, which draw runs of `each` pictures, those of one caption.
+    """
     found: Entries = {}
     count, draws = len(features), protocol.bootstrap
 
     def interval_of(statistic: Callable[[np.ndarray], float]) -> tuple[float, tuple]:
-        return bootstrap.of_statistic(statistic, count, draws, seed)
+        return bootstrap.of_statistic(statistic, count, draws, seed, each)
 
     if "fid" in names:
         say(f"FID of {count:,} pictures, {draws} resamples")
@@ -86,7 +91,9 @@ def by_features(
         say(f"neighbours of {count:,} and {len(real):,} pictures")
         for k, manifold in neighbours.manifolds(real, features, KS).items():
             for name in chosen:
-                value = bootstrap.of_mean(getattr(manifold, name), draws, seed)
+                values = getattr(manifold, name)
+                of = np.arange(count) // each if name in OF_PICTURES else None
+                value = bootstrap.of_mean(values, draws, seed, of)
                 found[f"{name}_{k}"] = entry(*value, count, references=len(real), k=k)
     if "is" in names:
         splits = min(protocol.splits, count)
@@ -111,26 +118,29 @@ def by_reading(
     detectors: Sequence[adherence.Detector],
     weight: float,
     draws: int,
+    each: int,
     seed: int,
 ) -> tuple[Entries, Entries, dict[str, Any], Groups]:
     """Entries of modes and of adherence, the tables of modes, caption and z of all pictures.
 
+    Intervals draw runs of `each` pictures, those of one caption, with all that is written for them.
     z is left out where no picture has one, and where no similarity is asked for.
     """
     captions: list[str] = []
     latents: list[str] = []
-    judged: list[adherence.Found] = []
+    judged: list[tuple[int, adherence.Found]] = []
     read: dict[str, list[np.ndarray]] = {}
     stated: dict[str, list[np.ndarray]] = {}
     grounded = painted = False
     for images, documents in pictures:
         texts = [document.caption for document in documents]
+        first = len(captions)
         captions += texts
         painted |= any(document.latents for document in documents)
         if "similarity" in names:
             latents += [identify(dict(document.latents)) for document in documents]
         if "adherence" in names:
-            judged += [detector.judge(images, documents) for detector in detectors]
+            judged += [(first, detector.judge(images, documents)) for detector in detectors]
         if "tv" in names:
             for name, values in shapes_detector.read_modes(images, texts).items():
                 read.setdefault(name, []).append(values)
@@ -141,13 +151,14 @@ def by_reading(
     found, tables = {}, {}
     if read:
         together = {name: np.concatenate(values) for name, values in read.items()}
-        found, tables = modes.measure(together, captions, weight, draws, seed, entry)
+        found, tables = modes.measure(together, captions, weight, draws, seed, each, entry)
     if read and grounded:
         together = {name: np.concatenate(values) for name, values in stated.items()}
-        of_z = modes.measure(together, captions, weight, draws, seed, entry)[0]
+        of_z = modes.measure(together, captions, weight, draws, seed, each, entry)[0]
         found |= {f"z_{k}": v for k, v in of_z.items() if k.startswith(("tv", "modes"))}
-    followed = {
-        name: entry(*bootstrap.of_mean(np.array(values), draws, seed), len(values))
-        for name, values in adherence.merge(judged).items()
-    }
+    followed = {}
+    for name, pairs in adherence.merge(judged).items():
+        of = np.array([row for row, _ in pairs], int) // each
+        value = bootstrap.of_mean(np.array([value for _, value in pairs]), draws, seed, of)
+        followed[name] = entry(*value, len(pairs))
     return found, followed, tables, (captions, latents if painted else [])

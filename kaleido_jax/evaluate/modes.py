@@ -108,13 +108,14 @@ def measure(
     weight: float,
     draws: int,
     seed: int,
+    each: int,
     entry: Callable[..., dict[str, Any]],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Distances to the true tables, and the tables.
 
     Args:
       weight: guidance, for the theory.
-      draws, seed: of the bootstrap, which draws pictures.
+      draws, seed: of the bootstrap, which draws runs of `each` pictures, those of one caption.
       entry: (value, (low, high), samples) to what a result says.
 
     Returns:
@@ -125,7 +126,7 @@ def measure(
     """
     found, tables = {}, {}
     moved = []
-    counts = list(bootstrap.resamples(len(captions), draws, seed))
+    counts = list(bootstrap.resamples(len(captions), draws, seed, each))
     for factor in FACTORS:
         themes, modes, pictures = observations(read, captions, factor)
         number = TABLES[factor].shape[1]
@@ -153,5 +154,6 @@ def measure(
     found["tv"] = entry(mean, bootstrap.interval(mean, drawn_mean), len(captions))
     if "hue" in read:
         shown = np.asarray(read["hue"]) == np.asarray(read["count"])
-        found["readable"] = entry(*bootstrap.of_mean(shown, draws, seed), len(captions))
+        of = np.arange(len(captions)) // each
+        found["readable"] = entry(*bootstrap.of_mean(shown, draws, seed, of), len(captions))
     return found, tables

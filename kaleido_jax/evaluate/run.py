@@ -193,12 +193,14 @@ class _Evaluation:
         begun: float,
     ) -> None:
         request, names, draws = self._request, self._names, self._request.protocol.bootstrap
+        each = subject.identity.get("per_caption", 1)
         found, followed, tables, groups = measure.by_reading(
             names,
             pictures,
             self._detectors,
             1.0 if weight is None else weight,
             draws,
+            each,
             BOOTSTRAP_SEED,
         )
         reference = None
@@ -214,6 +216,7 @@ class _Evaluation:
                 groups,
                 references,
                 request.protocol,
+                each,
                 BOOTSTRAP_SEED,
                 lambda line: self._say(f"{subject.label}: {line}"),
             )
