@@ -258,6 +258,12 @@ def starting_point(folder: pathlib.Path, average: bool) -> tuple[ConfigDict, dic
     return config, traverse.flatten_dict(params, sep="/")
 
 
+def tokenizer_of(folder: pathlib.Path) -> bytes | None:
+    """The SentencePiece model of a folder that `starting_point` reads, None where it has none."""
+    path = _step_of(folder, None)[0] / TOKENIZER
+    return path.read_bytes() if path.is_file() else None
+
+
 def _step_of(folder: pathlib.Path, step: int | None) -> tuple[pathlib.Path, int | None]:
     """The workdir and step of WORKDIR/checkpoints/step_N; any other folder as it is."""
     if folder.parent.name != "checkpoints" or not folder.name.startswith("step_"):

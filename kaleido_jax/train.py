@@ -22,7 +22,7 @@ from kaleido_jax.data.reader import MAX_BAD_FRACTION
 from kaleido_jax.errors import UserError
 from kaleido_jax.losses import LossConfig
 from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
-from kaleido_jax.tokens import Vocabulary
+from kaleido_jax.tokens import SECTIONS, Vocabulary
 from kaleido_jax.types import Batch, Params
 
 
@@ -270,6 +270,12 @@ def make_loader(
             raise UserError(
                 f"config key 'model.{part}.vocab_size' is {have}; this vocabulary needs {needed}"
             )
+    counted = tuple(config.model.get("section_tokens", ()))
+    if counted and counted != (vocabulary.section_offset, len(SECTIONS)):
+        raise UserError(
+            f"config key 'model.section_tokens' is {counted}; those of this vocabulary are "
+            f"{vocabulary.section_offset, len(SECTIONS)}"
+        )
     d = config.data
     source = make_source(d.source, d.image_size, tuple(config.latents))
     return Loader(

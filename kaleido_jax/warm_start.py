@@ -7,7 +7,7 @@ where its size differs: a released MDM reads 2048 numbers per token, Kaleido 102
 fewer resolutions becomes the inner network of one of more: so a run at 64 pixels goes on at 256.
 A UNet of fewer levels becomes the coarse levels of one that has finer ones before them. These
 start anew, with both ends of the network and what has another size beside them: so a run in coarse
-patches goes on in finer ones. A vocabulary with more vokens keeps its other rows.
+patches goes on in finer ones. A decoder whose vocabulary has more vokens keeps its other tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from kaleido_jax import bundle
 from kaleido_jax.errors import UserError
 from kaleido_jax.models.kaleido import KaleidoConfig
 from kaleido_jax.models.t5 import stack_layers, unstack_layers
+from kaleido_jax.trainable import Trainable
 from kaleido_jax.types import Params
 
 PARTS = ("text_encoder", "latent_decoder", "denoiser")
@@ -35,8 +36,7 @@ NEW = re.compile(r"denoiser/(inner/)*(outer|to_inner|from_inner)/|.*/lora_[ab]$"
 # Levels of a UNet, 0 the finest, and what is as fine as that one.
 LEVEL = re.compile(r"(denoiser/trunk/(?:down|up)_)(\d+)/")
 ENDS = re.compile(r"denoiser/trunk/(stem|head_norm|head_conv)/")
-# What has an entry for each token, and along which axis.
-VOCABULARY = {"token_embedder/embedding": 0, "decoder/logits_dense/kernel": 1}
+EMBEDDING = "latent_decoder/token_embedder/embedding"
 
 
 def warm_start(
@@ -72,9 +72,9 @@ def warm_start(
             )
         for part in wanted:
             new = _levels_before(source, config) if part == "denoiser" else 0
-            vokens = config.vocabulary.num_vokens > source.vocabulary.num_vokens
             own = _fitting(part, found, source, config, new)
-            _take(flat, part, own, new, vokens, folder, say)
+            grows = part == "latent_decoder" and _gets_vokens(source, config, folder)
+            _take(flat, part, own, new, grows, folder, say)
     return traverse.unflatten_dict(flat, sep="/")
 
 
@@ -124,18 +124,19 @@ def _take(
     part: str,
     found: Mapping[str, Any],
     new: int,
-    vokens: bool,
+    grows: bool,
     folder: pathlib.Path,
     say: Callable[[str], None],
 ) -> None:
     names = [name for name in flat if name.startswith(f"{part}/")]
-    problems, anew, taken, longer = [], [], [], []
+    problems, anew, taken = [], [], []
+    grown = False
     for name in names:
         same = name in found and tuple(found[name].shape) == flat[name].shape
         if same and not (new and ENDS.match(name)):
             taken.append(name)
-        elif vokens and name in found and _has_more_tokens(name, flat[name], found[name]):
-            longer.append(name)
+        elif grows and name == EMBEDDING and _is_longer(flat[name], found.get(name)):
+            grown = True
         elif _may_be_anew(name, name in found, new):
             anew.append(name)
         elif name not in found:
@@ -156,30 +157,37 @@ def _take(
         value = np.asarray(found[name]).astype(old.dtype, copy=False)
         # A copy of its own: training reuses the memory of its state, and a file is not to write to.
         flat[name] = jax.device_put(value, old.sharding, may_alias=False)
-    for name in longer:
-        flat[name] = _first_tokens(name, flat[name], np.asarray(found[name]))
-        say(f"{name}: the first {found[name].shape[_token_axis(name)]} tokens from {folder}")
+    if grown:
+        flat[EMBEDDING] = _with_first_rows(flat[EMBEDDING], np.asarray(found[EMBEDDING]))
+        say(f"{part}: tokens after the first {found[EMBEDDING].shape[0]} start anew, for vokens")
     say(f"{part}: {len(taken)} parameters from {folder}")
     if anew:
         listed = ", ".join(anew[:4]) + (", ..." if len(anew) > 4 else "")
         say(f"{part}: {len(anew)} parameters start anew: {listed}")
 
 
-def _token_axis(name: str) -> int | None:
-    return VOCABULARY.get(name.partition("/")[2])
+def _gets_vokens(source: Any, config: Any, folder: pathlib.Path) -> bool:
+    """Whether the decoder's tokens are the other's with more vokens after them, and can be learned.
+
+    Only where head and embedding are one table: a separate head's new columns have to be drawn as
+    `kaleido import t5 --vokens` does it.
+    """
+    decoder = ("latent_decoder", *EMBEDDING.split("/")[1:])
+    return (
+        config.vocabulary.num_vokens > source.vocabulary.num_vokens
+        and config.model.latent_decoder.logits_via_embedding
+        and Trainable.from_config(config).trains(decoder)
+        and bundle.tokenizer_of(folder) == bundle.make_vocabulary(config).model
+    )
 
 
-def _has_more_tokens(name: str, ours: Any, theirs: Any) -> bool:
-    """Whether a table of tokens is the other with entries after its own."""
-    axis = _token_axis(name)
-    if axis is None or len(theirs.shape) != 2:
+def _is_longer(ours: Any, theirs: Any) -> bool:
+    if theirs is None or len(theirs.shape) != 2:
         return False
-    other = 1 - axis
-    return ours.shape[axis] > theirs.shape[axis] and ours.shape[other] == theirs.shape[other]
+    return ours.shape[0] > theirs.shape[0] and ours.shape[1] == theirs.shape[1]
 
 
-def _first_tokens(name: str, ours: jax.Array, theirs: np.ndarray) -> jax.Array:
-    where = [slice(None), slice(None)]
-    where[_token_axis(name)] = slice(theirs.shape[_token_axis(name)])
-    put = jax.jit(lambda table, rows: table.at[tuple(where)].set(rows.astype(table.dtype)))
+def _with_first_rows(ours: jax.Array, theirs: np.ndarray) -> jax.Array:
+    """Our table of tokens whose first rows are theirs, as it lies on devices."""
+    put = jax.jit(lambda table, rows: table.at[: len(rows)].set(rows.astype(table.dtype)))
     return jax.device_put(put(ours, theirs), ours.sharding)

@@ -19,6 +19,7 @@ from kaleido_jax.evaluate.protocols import Protocol
 from kaleido_jax.evaluate.references import open_references
 from kaleido_jax.evaluate.subjects import Theory, Truth
 from kaleido_jax.latents import LatentDocument, bbox, blob
+from kaleido_jax.metrics import bootstrap
 
 COUNT = 60
 
@@ -263,3 +264,29 @@ def test_misuse_is_one_line(tmp_path, capsys, words, line):
     lines = capsys.readouterr().err.strip().splitlines()
     assert status == 2
     assert line in lines[-1]
+
+
+def test_intervals_draw_captions_with_all_their_pictures():
+    """24 pictures of 6 captions, in parts that cut through a caption's."""
+    images, documents = Truth(data(), ("bbox",), 0).draw(range(6))
+    turned = [1, 0, 2, 3, 4, 5]  # the first two captions' pictures are each other's
+    images, documents = images[turned].repeat(4, 0), [d for d in documents for _ in range(4)]
+    parts = [(images[i : i + 10], documents[i : i + 10]) for i in range(0, 24, 10)]
+    detector = adherence.ShapesDetector()
+    found, followed, _, _ = measure.by_reading(
+        ("tv", "adherence"), parts, [detector], 2.0, 50, 4, 0
+    )
+    once = detector.judge(images[::4], documents[::4])
+    rows, values = (np.array(column) for column in zip(*once["box_success"], strict=True))
+    _, (low, high) = bootstrap.of_mean(values, 50, 0, rows)
+    entry = followed["box_success"]
+    assert entry["samples"] == 4 * len(values)
+    assert (entry["low"], entry["high"]) == (pytest.approx(low), pytest.approx(high))
+    assert low < values.mean() < high
+    shown = shapes_detector.read_modes(images, [d.caption for d in documents])
+    shown = (np.asarray(shown["hue"]) == np.asarray(shown["count"]))[::4]
+    _, (low, high) = bootstrap.of_mean(shown, 50, 0)
+    entry = found["readable"]
+    assert (entry["low"], entry["high"]) == (pytest.approx(low), pytest.approx(high))
+    alone = measure.by_reading(("tv",), parts, [], 2.0, 50, 1, 0)[0]["tv"]
+    assert found["tv"]["high"] - found["tv"]["low"] > alone["high"] - alone["low"]

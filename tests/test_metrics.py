@@ -124,6 +124,12 @@ def test_intervals_cover_and_are_seeded():
     assert value == diversity.vendi_score(values.reshape(100, 4))
 
 
+def test_intervals_leave_out_resamples_without_a_value():
+    nan, wanted = float("nan"), bootstrap.interval(0.0, [-1.0, 1.0])
+    assert bootstrap.interval(0.0, [-1.0, nan, 1.0]) == wanted
+    assert np.isnan(bootstrap.interval(0.0, [1.0, nan])).all()
+
+
 def test_intervals_draw_together_what_is_not_independent():
     """400 values in runs of four alike say no more than the 100 that they are."""
     hundred = normal(0, 100)
@@ -142,6 +148,8 @@ def test_intervals_draw_together_what_is_not_independent():
     # The last run may be short; groups of different sizes weigh by their size.
     assert all(len(c) == 10 and c[8] == c[9] for c in bootstrap.resamples(10, 5, 0, each=4))
     drawn = list(bootstrap.resamples(2, 50, 1))
+    alone = bootstrap.of_mean(values, 20, 1, np.zeros(400, int))[1]
+    assert np.isnan(alone).all()  # one caption does not say what others would give
     ragged = bootstrap.of_mean(np.array([0.0, 0.0, 3.0]), 50, 1, np.array([5, 5, 2]))
     means = [3 * c[0] / (c[0] + 2 * c[1]) for c in drawn]
     assert ragged == (1.0, bootstrap.interval(1.0, means))

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kaleido_jax import bundle
 from kaleido_jax.errors import UserError
 from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
 from kaleido_jax.models.t5 import LatentDecoder, T5Config
-from kaleido_jax.train import Trainer
+from kaleido_jax.train import Trainer, make_loader
 from tests.tiny import tiny_config
 
 SMALL = T5Config(
@@ -98,6 +99,18 @@ def test_places_count_from_the_token_that_opened_the_section():
     )
     np.testing.assert_allclose(counted[2:5], from_start[1:4], atol=1e-5)
     assert np.abs(from_start[2:5] - from_start[6:9]).max() > 0.5
-    config.model.section_tokens = (1508,)
-    with pytest.raises(UserError, match=r"model.section_tokens.*\(1508,\).*first id, count"):
+
+
+@pytest.mark.parametrize("wrong", [(1508,), ("a", "b"), (-1, 3), (1508, 0), (99_999, 4)])
+def test_section_tokens_are_within_the_vocabulary(wrong):
+    config = tiny_config()
+    config.model.section_tokens = wrong
+    with pytest.raises(UserError, match=r"model.section_tokens.*first id, count"):
         KaleidoConfig.from_config(config)
+
+
+def test_section_tokens_are_those_of_the_vocabulary():
+    config = tiny_config()
+    config.model.section_tokens = (1507, 4)
+    with pytest.raises(UserError, match=r"section_tokens' is \(1507, 4\); .* are \(1508, 4\)"):
+        make_loader(config, bundle.make_vocabulary(config))

@@ -92,29 +92,65 @@ def test_training_goes_on_from_there(weights, tmp_path):
     assert moved > 100
 
 
-def test_more_vokens_leave_the_other_tokens_as_they_were(weights):
+def more_vokens(weights, folder, **changes):
+    """A run with a tied embedding, and the config of one with 100 vokens that begins there."""
     cfg = kaleido_config(weights)
     with cfg.unlocked():
+        cfg.model.latent_decoder.logits_via_embedding = True
+        cfg.init_from = ()
+    low = ConfigDict(cfg.to_dict())
+    state = train.Trainer(low, jax.devices()[:1]).init()
+    params = jax.tree.map(np.asarray, {**state.params, **state.frozen})
+    bundle.save(folder, bundle.Bundle(low, params, bundle.make_vocabulary(low), "", None))
+    with cfg.unlocked():
+        cfg.init_from = (str(folder),)
         cfg.vocabulary.num_vokens = 100
         cfg.model.latent_decoder.vocab_size = 1664
-    got, found, said, _ = start(cfg)
-    grown = {n for n in got if got[n].shape != found[n].shape}
-    table, head = "token_embedder/embedding", "decoder/logits_dense/kernel"
-    assert grown == {f"latent_decoder/{table}", f"latent_decoder/{head}"}
-    for name in got.keys() - grown:
+        for key, value in changes.items():
+            cfg.model[key] = value
+    return cfg
+
+
+def test_more_vokens_leave_the_other_tokens_as_they_were(weights, tmp_path):
+    cfg = more_vokens(weights, tmp_path / "run")
+    trainer = train.Trainer(cfg, jax.devices())
+    halves = jax.tree.map(
+        lambda leaf: jax.device_put(np.full(leaf.shape, 0.5, leaf.dtype), leaf.sharding),
+        trainer.abstract_state(),
+    )
+    said = []
+    state = training_loop._start_from(halves, cfg, said.append)
+    got = traverse.flatten_dict({**state.params, **state.frozen}, sep="/")
+    found = bundle.starting_point(tmp_path / "run", True)[1]
+    table = "latent_decoder/token_embedder/embedding"
+    for name in got.keys() - {table}:
         np.testing.assert_array_equal(got[name], found[name], err_msg=name)
-    for name, axis in ((table, 0), (head, 1)):
-        old, new = np.split(got[f"latent_decoder/{name}"], [1536], axis)
-        np.testing.assert_array_equal(old, found[f"latent_decoder/{name}"])
-        assert new.shape[axis] == 128 and not new.any()  # as `start` initialises
-    assert sum("the first 1536 tokens" in line for line in said) == 2
+    old, new = np.split(np.asarray(got[table]), [1536])
+    np.testing.assert_array_equal(old, found[table])
+    np.testing.assert_array_equal(new, np.full((128, old.shape[1]), 0.5))  # as initialised
+    wanted = trainer.abstract_state().params["latent_decoder"]["token_embedder"]["embedding"]
+    assert got[table].sharding.is_equivalent_to(wanted.sharding, 2)
+    assert any("tokens after the first 1536 start anew" in line for line in said)
 
 
-def test_rows_without_vokens_to_fill_them_are_a_mistake(weights):
-    cfg = kaleido_config(weights)
-    with cfg.unlocked():
-        cfg.model.latent_decoder.vocab_size = 1664
-    with pytest.raises(UserError, match=r"embedding is \[1536, 48\], should be \[1664, 48\]"):
+def test_more_vokens_only_where_they_can_be_learned(weights, tmp_path, monkeypatch):
+    """Not of another tokenizer, not frozen, not in a head of its own, not without vokens."""
+    wrong = pytest.raises(UserError, match=r"embedding is \[1536, 48\], should be \[1664, 48\]")
+    frozen = dict(train_decoder="last:1", train_vocabulary=False)
+    with wrong:
+        start(more_vokens(weights, tmp_path / "frozen", **frozen))
+    cfg = more_vokens(weights, tmp_path / "run")
+    for section, key, value in (
+        ("vocabulary", "num_vokens", 0),
+        ("latent_decoder", "logits_via_embedding", False),
+    ):
+        other = cfg.copy_and_resolve_references()
+        with other.unlocked():
+            (other if section == "vocabulary" else other.model)[section][key] = value
+        with wrong:
+            start(other)
+    monkeypatch.setattr(bundle, "tokenizer_of", lambda folder: b"another")
+    with wrong:
         start(cfg)
 
 

@@ -83,6 +83,11 @@ def total_variation(
     return float(np.nanmean(apart)) if np.isfinite(apart).any() else float("nan")
 
 
+def _mean_modes(table: Float[np.ndarray, "themes modes"]) -> float:
+    present = table[np.isfinite(table).all(1)]
+    return float(effective_modes(present).mean()) if len(present) else float("nan")
+
+
 def theory(
     captions: Sequence[str], factor: str, weight: float
 ) -> Float[np.ndarray, "themes modes"]:
@@ -136,7 +141,7 @@ def measure(
         for name, statistic in (
             ("tv", lambda t, factor=factor: total_variation(t, TABLES[factor])),
             ("theory", lambda t, ideal=ideal: total_variation(t, ideal)),
-            ("modes", lambda t: float(np.nanmean(effective_modes(np.nan_to_num(t))))),
+            ("modes", _mean_modes),
         ):
             values = [statistic(t) for t in drawn]
             value = statistic(table)

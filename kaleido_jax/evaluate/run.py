@@ -24,9 +24,15 @@ from kaleido_jax.evaluate.subjects import Model, Subject, Theory, Truth
 from kaleido_jax.generate import Pipeline
 from kaleido_jax.locks import sole_writer
 from kaleido_jax.mesh import make_mesh
+from kaleido_jax.metrics import bootstrap
 from kaleido_jax.runlog import versions
 
 BOOTSTRAP_SEED = 0
+INTERVAL = {
+    "level": bootstrap.LEVEL,
+    "method": "bootstrap of captions, each with all its pictures",
+    "seed": BOOTSTRAP_SEED,
+}
 Say = Callable[[str], None]
 
 
@@ -161,6 +167,7 @@ class _Evaluation:
             "feature": self._feature.describe(),
             "metrics": self._names,
             "detectors": self._specs,
+            "interval": INTERVAL,
         }
         key = results.identify(asked)
         known = [result for result in results.read_results(self._path) if result["id"] == key]
@@ -232,7 +239,7 @@ class _Evaluation:
             "feature": self._feature.describe(),
             "references": reference,
             "detectors": list(self._specs),
-            "interval": {"level": 0.95, "method": "bootstrap", "seed": BOOTSTRAP_SEED},
+            "interval": INTERVAL,
             "metrics": found,
             "adherence": followed,
             "modes": tables,

@@ -103,6 +103,7 @@ def _check_alike(results: Sequence[Mapping[str, Any]]) -> None:
     check_same(results, "features", lambda r: r["feature"])
     check_same(results, "references", lambda r: r["references"])
     check_same(results, "data", lambda r: r.get("captions"))
+    check_same(results, "intervals", lambda r: r.get("interval"))
     check_same([r for r in results if r["subject"] == "model"], "settings", settings)
 
 

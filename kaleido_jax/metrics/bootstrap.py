@@ -16,11 +16,12 @@ def resamples(
     """How often each of `count` items is drawn, for each of `draws` resamples.
 
     Items that share something, as pictures of one caption do, lie beside each other, `each` of
-    them, and are drawn together.
+    them, and are drawn together. Of fewer than two such runs nothing is drawn, since they cannot
+    say how much a run moves.
     """
     groups = -(-count // each)
     of = np.arange(count) // each
-    for draw in range(draws):
+    for draw in range(draws if groups > 1 else 0):
         generator = np.random.default_rng([seed, draw])
         yield np.bincount(generator.integers(0, groups, groups), minlength=groups)[of]
 
@@ -29,11 +30,15 @@ def interval(value: float, found: Float[np.ndarray, " draws"] | list[float]) -> 
     """The spread of resampled values, put around `value`.
 
     A resample holds some items twice, which adds to FID, and takes from Vendi, what too few
-    pictures add and take; their mean is taken off, so that only the spread is left.
+    pictures add and take; their mean is taken off, so that only the spread is left. Resamples in
+    which there was nothing to measure (NaN) are left out; if they are half of all or more, the
+    interval is NaN.
     """
     found = np.asarray(found, np.float64)
-    if not len(found):
+    finite = found[np.isfinite(found)]
+    if 2 * len(finite) <= len(found):
         return float("nan"), float("nan")
+    found = finite
     low, high = np.quantile(found - found.mean(), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(value + low), float(value + high)
 

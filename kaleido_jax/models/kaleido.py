@@ -89,12 +89,6 @@ class KaleidoConfig:
                 f"{innermost.conditioning_feature_dim}; it must be the text encoder's emb_dim, "
                 f"{encoder.emb_dim}"
             )
-        sections = tuple(model.get("section_tokens", ()))
-        if len(sections) not in (0, 2):
-            raise UserError(
-                f"config key 'model.section_tokens' is {sections}; it must be () or (first id, "
-                "count)"
-            )
         return cls(
             encoder,
             decoder,
@@ -102,7 +96,7 @@ class KaleidoConfig:
             denoiser,
             model.freeze_encoder,
             model.get("read_tokens", False),
-            sections,
+            _section_tokens(config),
         )
 
     def portable(self) -> KaleidoConfig:
@@ -115,6 +109,19 @@ class KaleidoConfig:
             return dataclasses.replace(network, **changes)
 
         return dataclasses.replace(self, denoiser=plain(self.denoiser))
+
+
+def _section_tokens(config: ConfigDict) -> tuple[int, ...]:
+    sections = tuple(config.model.get("section_tokens", ()))
+    if sections:
+        whole = all(isinstance(number, int) for number in sections) and len(sections) == 2
+        rows = config.model.latent_decoder.vocab_size
+        if not whole or not sections[0] >= 0 < sections[1] <= rows - sections[0]:
+            raise UserError(
+                f"config key 'model.section_tokens' is {sections}; it must be () or (first id, "
+                f"count) within the vocabulary of {rows}"
+            )
+    return sections
 
 
 def _decoder_config(config: ConfigDict) -> T5Config:
@@ -226,11 +233,11 @@ class Kaleido(nn.Module):
         return self.denoise(pyramid, time_index, self.encode_condition(condition))
 
 
-def _places(inputs: Int[Array, "b length"], sections: tuple[int, ...]) -> Int[Array, "b length"]:
+def _places(inputs: Int[Array, "b length"], sections: tuple[int, ...]) -> Int[Array, "*b length"]:
     """How far each token is from the last one that opens a section, or from the start."""
     place = jnp.arange(inputs.shape[1])
     if not sections:
-        return jnp.broadcast_to(place, inputs.shape)
+        return place
     first, count = sections
     opens = (inputs >= first) & (inputs < first + count)
     return place - jax.lax.cummax(jnp.where(opens, place, 0), axis=1)
