@@ -107,6 +107,11 @@ def add_evaluate(verbs: argparse._SubParsersAction, name: str) -> argparse.Argum
         help="of the pictures of a caption, how many share a z",
     )
     parser.add_argument(
+        "--true-latents",
+        action="store_true",
+        help="paint the held-out pictures' own z, so that only the painting is measured",
+    )
+    parser.add_argument(
         "--batch-size", type=arguments.whole(1, 10_000), default=50, metavar="B", help="default: 50"
     )
     parser.add_argument(
@@ -159,6 +164,7 @@ def evaluate(args: argparse.Namespace) -> None:
         detectors=None if args.detector is None else tuple(args.detector),
         per_caption=args.per_caption,
         per_latent=args.per_latent,
+        true_latents=args.true_latents,
         batch_size=args.batch_size,
         shard=args.shard or (jax.process_index(), jax.process_count()),
         ceiling=args.ceiling,

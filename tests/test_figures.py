@@ -155,6 +155,7 @@ def test_table_shows_what_differs(tmp_path, capsys):
     [
         {"step": 500},
         {"per_latent": 3},
+        {"true_latents": True},
         {"checkpoint_hash": "other"},
         {"protocol": {"name": "quick", "samples": 10, "neighbours": 7}},
         {"captions": {"source": {"seed": 3}}},

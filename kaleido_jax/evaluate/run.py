@@ -49,6 +49,7 @@ class Request:
       feature: for FEATURES; "" for `shapes` on shapes. metrics: names, None for all.
       detectors: for DETECTORS; None for those of the data.
       per_caption: pictures of each caption. per_latent: of these, how many share a z.
+      true_latents: paint the held-out pictures' own z instead of drawing it.
       batch_size: pictures at once.
       shard: (i, n), this process makes every n-th part from the i-th.
       ceiling, theory: also measure true pictures, and those of a perfect guided model.
@@ -69,6 +70,7 @@ class Request:
     detectors: tuple[str, ...] | None = None
     per_caption: int = 1
     per_latent: int = 1
+    true_latents: bool = False
     batch_size: int = 50
     shard: tuple[int, int] = (0, 1)
     ceiling: bool = False
@@ -108,7 +110,9 @@ def _subjects(
         for weight in weights:
             settings = {**request.settings, "guidance_weight": weight}
             each = request.per_caption, request.per_latent
-            model = Model(pipe, data, settings, seed, *each, request.batch_size)
+            model = Model(
+                pipe, data, settings, seed, *each, request.batch_size, request.true_latents
+            )
             found.append((model, weight))
     if request.ceiling:
         data.check_apart(

@@ -6,7 +6,7 @@ Picture i is the same whatever part, batch or host it is made in.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,10 +51,18 @@ class Model:
         per_caption: int,
         per_latent: int,
         batch_size: int,
+        true_latents: bool = False,
     ):
-        """Checks the settings; raises UserError where they are out of bounds."""
-        if per_latent > 1 and not pipe.names:
-            raise UserError("--per-latent: this model has no latents")
+        """Checks the settings; raises UserError where they are out of bounds.
+
+        With `true_latents` z is that of the held-out picture, not drawn: what then is wrong is the
+        painting's.
+        """
+        for option, asked in (("--per-latent", per_latent > 1), ("--true-latents", true_latents)):
+            if asked and not pipe.names:
+                raise UserError(f"{option}: this model has no latents")
+        if true_latents and per_latent > 1:
+            raise UserError("--true-latents: a caption has one true z; leave out --per-latent")
         if per_caption % per_latent:
             raise UserError(
                 f"{per_caption} pictures of each caption cannot be {per_latent} of each latent"
@@ -62,7 +70,7 @@ class Model:
             )
         self._pipe, self._data, self._settings = pipe, data, settings
         self._seed, self._each, self._batch = seed, per_caption, batch_size
-        self._same = per_latent
+        self._same, self._true = per_latent, true_latents
         chosen = pipe.defaults.replace(settings)
         self.label = f"guidance {chosen.guidance_weight:g}, seed {seed}"
         self.identity = {
@@ -75,9 +83,21 @@ class Model:
             "per_caption": per_caption,
             "per_latent": per_latent,
             "batch_size": batch_size,
+            **({"true_latents": True} if true_latents else {}),
         }
 
     def draw(self, numbers: Sequence[int]) -> Drawn:
+        documents = self._true_documents(numbers) if self._true else self._drawn(numbers)
+        settings = self._settings if self._true else {}
+        output = self._pipe.render(documents, batch_size=self._batch, **settings)
+        return output.images, output.documents
+
+    def _true_documents(self, numbers: Sequence[int]) -> list[LatentDocument]:
+        return [
+            _true_document(self._data.held_out(i // self._each), i, self._seed) for i in numbers
+        ]
+
+    def _drawn(self, numbers: Sequence[int]) -> list[LatentDocument]:
         # z has the random numbers of the first picture that it is drawn for.
         firsts = list(dict.fromkeys(i - i % self._same for i in numbers))
         drawn = self._pipe.draw_latents(
@@ -88,11 +108,7 @@ class Model:
             **self._settings,
         )
         latents = dict(zip(firsts, drawn, strict=True))
-        documents = [
-            dataclasses.replace(latents[i - i % self._same], sample_index=i) for i in numbers
-        ]
-        output = self._pipe.render(documents, batch_size=self._batch)
-        return output.images, output.documents
+        return [dataclasses.replace(latents[i - i % self._same], sample_index=i) for i in numbers]
 
 
 class Truth:
@@ -112,15 +128,13 @@ class Truth:
     def draw(self, numbers: Sequence[int]) -> Drawn:
         first = self._seed * _STRIDE if self._data.name == "shapes" else 0
         examples = [self._data.held_out(first + i) for i in numbers]
-        documents = [
-            LatentDocument(
-                example["caption"],
-                {name: string for name, string in example["latents"].items() if string},
-                sample_index=i,
-            )
-            for i, example in zip(numbers, examples, strict=True)
-        ]
+        documents = [_true_document(x, i) for i, x in zip(numbers, examples, strict=True)]
         return np.stack([example["image"] for example in examples]), documents
+
+
+def _true_document(example: Mapping[str, Any], index: int, seed: int = 0) -> LatentDocument:
+    latents = {name: string for name, string in example["latents"].items() if string}
+    return LatentDocument(example["caption"], latents, sample_index=index, seed=seed)
 
 
 class Theory:

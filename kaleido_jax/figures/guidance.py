@@ -97,7 +97,8 @@ def _check_alike(results: Sequence[Mapping[str, Any]]) -> None:
 
     def settings(result: Mapping[str, Any]) -> dict:
         kept = {k: v for k, v in result["settings"].items() if k != "guidance_weight"}
-        return kept | {name: result.get(name, 1) for name in ("per_caption", "per_latent")}
+        kept |= {name: result.get(name, 1) for name in ("per_caption", "per_latent")}
+        return kept | {"true_latents": result.get("true_latents", False)}
 
     check_same(results, "protocols", lambda r: r["protocol"])
     check_same(results, "features", lambda r: r["feature"])

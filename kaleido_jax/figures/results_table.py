@@ -51,6 +51,7 @@ def _described(result: Mapping[str, Any]) -> dict[str, Any]:
     settings = {"guidance_weight": result["guidance_weight"], **result.get("settings", {})}
     if result["subject"] == "model":
         settings |= {name: result.get(name, 1) for name in ("per_caption", "per_latent")}
+        settings |= {"true_latents": result.get("true_latents", False)}
         settings |= {"step": result.get("step"), "checkpoint": result.get("checkpoint_hash")}
     sizes = {k: v for k, v in result["protocol"].items() if k not in ("name", "samples")}
     data = (result.get("captions") or {}).get("source", {})

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from kaleido_jax import bundle, cli
+from kaleido_jax.evaluate.data import Data
 from tests.test_generate import _bundle, _config
 
 SAMPLES, BATCH, PARTS = 1000, 100, 10
@@ -143,5 +144,36 @@ def test_without_latents_none_can_be_shared(tmp_path, capsys):
     small = "--samples 6 --per-caption 6 --metrics similarity --steps 1".split()
     assert cli.main(words(model, tmp_path / "out", *small, "--per-latent", "2")) == 2
     assert "--per-latent: this model has no latents" in capsys.readouterr().err
+    assert cli.main(words(model, tmp_path / "out", *small, "--true-latents")) == 2
+    assert "--true-latents: this model has no latents" in capsys.readouterr().err
     assert cli.main(words(model, tmp_path / "out", *small)) == 0
     assert list(results(tmp_path / "out")[0]["metrics"]) == ["similarity"]
+
+
+def test_true_latents_are_painted_with_the_settings_asked_for(tmp_path, capsys):
+    config = _config()
+    config.data.image_size, config.data.latent_length = 32, 90
+    model = bundle.save(tmp_path / "model", _bundle(config))
+    small = "--samples 6 --per-caption 2 --metrics similarity --sampler ddim --steps 2".split()
+    line = words(model, tmp_path / "out", *small, "--guidance", "3")
+    assert cli.main([*line, "--true-latents", "--seeds", "5"]) == 0
+    (path,) = parts(tmp_path / "out")
+    with np.load(path) as file:
+        documents = [json.loads(d) for d in file["documents"].tobytes().splitlines()]
+    data = Data(config, ("text",))
+    for i, document in enumerate(documents):
+        scene = data.held_out(i // 2)
+        assert document["caption"] == scene["caption"]
+        (latent,) = document["latents"]
+        assert scene["latents"]["text"] in latent.values()
+        assert (document["sample_index"], document["seed"]) == (i, 5)
+        assert (document["guidance_weight"], document["steps"]) == (3, 2)
+        assert document["sampler"] == "ddim"
+    (result,) = results(tmp_path / "out")
+    assert result["true_latents"] and result["seed"] == 5
+    assert cli.main([*line, "--true-latents", "--per-latent", "2"]) == 2
+    assert "a caption has one true z" in capsys.readouterr().err
+    # Drawn ones are another subject: nothing is mixed up.
+    assert cli.main([*line, "--seeds", "5"]) == 0
+    drawn = results(tmp_path / "out")[1]
+    assert "true_latents" not in drawn and drawn["id"] != result["id"]
