@@ -72,6 +72,7 @@ class Model:
         self._seed, self._each, self._batch = seed, per_caption, batch_size
         self._same, self._true = per_latent, true_latents
         chosen = pipe.defaults.replace(settings)
+        self._denoising = chosen.denoising()
         self.label = f"guidance {chosen.guidance_weight:g}, seed {seed}"
         self.identity = {
             "subject": "model",
@@ -88,13 +89,14 @@ class Model:
 
     def draw(self, numbers: Sequence[int]) -> Drawn:
         documents = self._true_documents(numbers) if self._true else self._drawn(numbers)
-        settings = self._settings if self._true else {}
-        output = self._pipe.render(documents, batch_size=self._batch, **settings)
+        output = self._pipe.render(documents, batch_size=self._batch)
         return output.images, output.documents
 
     def _true_documents(self, numbers: Sequence[int]) -> list[LatentDocument]:
+        settings = {"seed": self._seed, **self._denoising}
         return [
-            _true_document(self._data.held_out(i // self._each), i, self._seed) for i in numbers
+            dataclasses.replace(_true_document(self._data.held_out(i // self._each), i), **settings)
+            for i in numbers
         ]
 
     def _drawn(self, numbers: Sequence[int]) -> list[LatentDocument]:
@@ -132,9 +134,9 @@ class Truth:
         return np.stack([example["image"] for example in examples]), documents
 
 
-def _true_document(example: Mapping[str, Any], index: int, seed: int = 0) -> LatentDocument:
+def _true_document(example: Mapping[str, Any], index: int) -> LatentDocument:
     latents = {name: string for name, string in example["latents"].items() if string}
-    return LatentDocument(example["caption"], latents, sample_index=index, seed=seed)
+    return LatentDocument(example["caption"], latents, sample_index=index)
 
 
 class Theory:

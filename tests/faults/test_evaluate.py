@@ -154,8 +154,8 @@ def test_true_latents_are_painted_with_the_settings_asked_for(tmp_path, capsys):
     config = _config()
     config.data.image_size, config.data.latent_length = 32, 90
     model = bundle.save(tmp_path / "model", _bundle(config))
-    small = "--samples 6 --per-caption 2 --metrics similarity --sampler ddim --steps 2".split()
-    line = words(model, tmp_path / "out", *small, "--guidance", "3")
+    small = "--samples 6 --per-caption 2 --metrics similarity --sampler ddim".split()
+    line = words(model, tmp_path / "out", *small, "--guidance", "4")  # steps as the config has them
     assert cli.main([*line, "--true-latents", "--seeds", "5"]) == 0
     (path,) = parts(tmp_path / "out")
     with np.load(path) as file:
@@ -167,7 +167,7 @@ def test_true_latents_are_painted_with_the_settings_asked_for(tmp_path, capsys):
         (latent,) = document["latents"]
         assert scene["latents"]["text"] in latent.values()
         assert (document["sample_index"], document["seed"]) == (i, 5)
-        assert (document["guidance_weight"], document["steps"]) == (3, 2)
+        assert (document["guidance_weight"], document["steps"]) == (4, 3)
         assert document["sampler"] == "ddim"
     (result,) = results(tmp_path / "out")
     assert result["true_latents"] and result["seed"] == 5
