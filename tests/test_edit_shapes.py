@@ -111,7 +111,7 @@ def test_another_colour_word_gives_another_colour(pipeline, scenes):
 
 
 def test_another_colour_word_in_all_latents_with_vokens_drawn_anew(scenes):
-    """Of description and boxes the word is changed; the vokens, which show the old colour, follow."""
+    """The word changes in description and boxes; the vokens, which show the old one, follow."""
     pipeline = Pipeline.from_pretrained(ASSETS / "shapes_combined")
     vokens = PatchTokenizer.default()
     edited, hues = [], []
