@@ -1,6 +1,7 @@
 """The embedded shapes with all of Section 3.2 in one sequence: description, boxes, vokens.
 
-It goes on from the weights of a `shapes` run: --config.init_from="('WORKDIR',)".
+It goes on from the weights of a `shapes` run: --config.init_from=WORKDIR. After it pictures follow
+true latents, but those of the decoder are poor: docs/reproduction.md has a second run for them.
 """
 
 from __future__ import annotations

@@ -13,10 +13,11 @@ def test_shipped_weights_open_and_are_small():
     found = {model: bundle.load(shapes.shipped(model)) for model in shapes.MODELS}
     assert tuple(found["kaleido"].config.latents) == ("bbox",)
     assert tuple(found["baseline"].config.latents) == ()
+    assert tuple(bundle.load(shapes.shipped("text")).config.latents) == ("text",)
     combined = bundle.load(shapes.shipped("combined"))
     assert tuple(combined.config.latents) == ("text", "bbox", "voken")
-    files = [p for model in (*shapes.MODELS, "combined") for p in shapes.shipped(model).iterdir()]
-    assert sum(p.stat().st_size for p in files) < 13e6
+    for model in (*shapes.MODELS, "text", "combined"):
+        assert sum(p.stat().st_size for p in shapes.shipped(model).iterdir()) < 5e6, model
     with pytest.raises(UserError, match="no weights"):
         shapes.shipped("other")
 

@@ -110,6 +110,32 @@ def test_another_colour_word_gives_another_colour(pipeline, scenes):
     assert np.mean(there >= SUCCESS) >= OF
 
 
+def test_another_colour_word_in_a_description_gives_another_colour(scenes):
+    """The text names no box: more must be seen of the new colour than of the old one.
+
+    Not nothing of the old one: where colours meet the detector reads a third one between them.
+    """
+    edited, hues = [], []
+    for i, scene in enumerate(scenes):
+        old, new = scene.objects[0].hue, _other_hue(scene, i)
+        latents = {"text": shapes_text.description(scene)}
+        document = LatentDocument(shapes_text.caption(scene), latents, sample_index=i, steps=20)
+        words = f"{shapes.HUE_NAMES[old]}={shapes.HUE_NAMES[new]}"
+        edited.append(editing.apply(document, [("word", words)]))
+        hues.append((old, new))
+    drawn = Pipeline.from_pretrained(ASSETS / "shapes_text").render(
+        edited, batch_size=20, sampler="dpmpp"
+    )
+    seen = [shapes_detector.read(image) for image in drawn.images]
+    areas = np.array(
+        [[_area(s.by_hue(hue)) for hue in pair] for s, pair in zip(seen, hues, strict=True)]
+    )
+    changed = np.mean(areas[:, 1] > areas[:, 0])
+    gone = np.mean((areas[:, 1] > 0) & (areas[:, 0] == 0))
+    print(f"recoloured by text {changed:.2f}, nothing of the old colour {gone:.2f}")
+    assert changed >= OF
+
+
 def test_another_colour_word_in_all_latents_with_vokens_drawn_anew(scenes):
     """The word changes in description and boxes; the vokens, which show the old one, follow."""
     scenes = scenes[:FEWER]
