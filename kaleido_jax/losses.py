@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import flax.struct
@@ -37,6 +38,9 @@ class LossConfig:
         rest widens evenly to all of them. There the condition alone decides the picture.
       noisy_share: of the batch that does so; the others draw from all times throughout, so that a
         denoiser that begins at nothing does not forget how to pass noise on.
+      time_logit: (mean, deviation) of the logit of time / 1000 for the rows outside of noisy_share:
+        more of some times than of others (Esser et al. 2024, Eq. 19); () is uniform. The rows of
+        noisy_share are not concerned, also after noisy_steps or without.
     """
 
     schedules: tuple[schedule.Schedule, ...]
@@ -50,6 +54,7 @@ class LossConfig:
     mixed_ratio: tuple[int, ...] = ()
     noisy_steps: int = 0
     noisy_share: float = 1.0
+    time_logit: tuple[float, ...] = ()
 
     @classmethod
     def from_config(cls, config: ConfigDict, ratios: tuple[int, ...]) -> LossConfig:
@@ -80,6 +85,7 @@ class LossConfig:
             mixed_ratio=mixed,
             noisy_steps=config.train.get("noisy_steps", 0),
             noisy_share=config.train.get("noisy_share", 1.0),
+            time_logit=_time_logit(config.train),
         )
 
     def least_time(self, step: Int[Array, ""], size: int) -> Int[Array, "..."] | int:
@@ -89,11 +95,11 @@ class LossConfig:
         noisiest = schedule.NUM_LEVELS * 9 // 10
         left = jnp.maximum(self.noisy_steps - step, 0)
         least = jnp.minimum(3 * noisiest * left // (2 * self.noisy_steps), noisiest)
-        if self.noisy_share == 1:
-            return least
-        # Spread over the batch, whose parts may train different resolutions.
-        noisy = np.diff(np.floor(np.arange(size + 1) * self.noisy_share)) > 0
-        return jnp.where(noisy, least, 0)
+        return least if self.noisy_share == 1 else jnp.where(self.noisy_rows(size), least, 0)
+
+    def noisy_rows(self, size: int) -> Bool[np.ndarray, " size"]:
+        """The rows of noisy_share, spread over a batch whose parts may train other resolutions."""
+        return np.diff(np.floor(np.arange(size + 1) * self.noisy_share)) > 0
 
     def mix(self, images: Pyramid) -> Pyramid:
         """The rows of each resolution that train it."""
@@ -106,6 +112,22 @@ class LossConfig:
                     image = diffusion.first_rows(image, count)
                 mixed[i] = image
         return tuple(mixed)
+
+
+def _time_logit(training: ConfigDict) -> tuple[float, ...]:
+    found = tuple(training.get("time_logit", ()))
+    numbers = all(isinstance(n, int | float) and math.isfinite(n) for n in found)
+    if found and not (len(found) == 2 and numbers and found[1] > 0):
+        raise UserError(
+            f"config key 'train.time_logit' is {found}; it must be (mean, deviation), the latter "
+            "above 0, or ()"
+        )
+    if found and training.get("noisy_share", 1.0) == 1:
+        raise UserError(
+            "config key 'train.time_logit' is for the rows outside of train.noisy_share, which is "
+            "1.0: all of them; make that smaller"
+        )
+    return found
 
 
 @flax.struct.dataclass
@@ -131,6 +153,12 @@ def draw(batch: Batch, seed: int, step: Int[Array, ""], cfg: LossConfig) -> Draw
     least = cfg.least_time(step, size)
     times = rng.stream(seed, "time", step)
     time_index = jax.random.randint(times, (size,), least, schedule.NUM_LEVELS)
+    if cfg.time_logit:
+        mean, deviation = cfg.time_logit
+        normal = jax.random.normal(rng.stream(seed, "time_logit", step), (size,))
+        share = jax.nn.sigmoid(mean + deviation * normal)
+        chosen = jnp.minimum((share * schedule.NUM_LEVELS).astype(int), schedule.NUM_LEVELS - 1)
+        time_index = jnp.where(cfg.noisy_rows(size), time_index, chosen)
     key = rng.stream(seed, "noise", step)
     sides = [side * ratio // cfg.ratios[0] for ratio in cfg.ratios]
     noises = tuple(

@@ -12,6 +12,7 @@ STREAMS = (
     "params",
     "data",
     "time",
+    "time_logit",
     "noise",
     "cond_drop",
     "dropout",

@@ -28,11 +28,16 @@ def test_models_that_were_trained_alike():
     assert shapes._trained_alike(configs) in (True, False)
     one = configs[0].copy_and_resolve_references()
     with one.unlocked():
-        for field in ("noisy_steps", "noisy_share"):
+        for field in ("noisy_steps", "noisy_share", "time_logit"):
             if field in one.train:
                 del one.train[field]
     assert shapes._trained_alike([one, one.copy_and_resolve_references()])
-    for key, value in (("noisy_steps", 7), ("noisy_share", 0.5), ("num_steps", 7)):
+    for key, value in (
+        ("noisy_steps", 7),
+        ("noisy_share", 0.5),
+        ("time_logit", (0.0, 1.0)),
+        ("num_steps", 7),
+    ):
         other = one.copy_and_resolve_references()
         with other.unlocked():
             other.train[key] = value

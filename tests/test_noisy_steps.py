@@ -1,17 +1,21 @@
-"""`train.noisy_steps`: which times the first steps draw."""
+"""`train.noisy_steps` and `train.time_logit`: which times the steps draw."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kaleido_jax import losses
+from kaleido_jax.errors import UserError
 from kaleido_jax.types import Batch
 from tests.tiny import tiny_config
 
 
-def _times(noisy: int, step: int, share: float = 1.0) -> np.ndarray:
-    config = tiny_config(f"train.noisy_steps={noisy}", f"train.noisy_share={share}")
+def _times(noisy: int, step: int, share: float = 1.0, logit: str = "()") -> np.ndarray:
+    config = tiny_config(
+        f"train.noisy_steps={noisy}", f"train.noisy_share={share}", f"train.time_logit={logit}"
+    )
     cfg = losses.LossConfig.from_config(config, (1,))
     tokens = jnp.zeros((4096, 1), jnp.int32)
     images = jnp.zeros((4096, 1, 1, 3), jnp.uint8)
@@ -41,3 +45,30 @@ def test_a_share_of_the_batch_draws_them_and_the_rest_all_times():
     assert _times(300, 300, 0.25)[quarter].min() < 5
     # The rows that draw all times draw the same ones as without it.
     np.testing.assert_array_equal(drawn[~quarter], _times(0, 0)[~quarter])
+
+
+def test_the_others_draw_the_times_whose_logit_is_normal():
+    drawn = _times(300, 0, 0.25, "(-1.0,0.5)")
+    quarter = np.arange(4096) % 4 == 3
+    np.testing.assert_array_equal(drawn[quarter], _times(300, 0, 0.25)[quarter])
+    share = (drawn[~quarter] + 0.5) / 1000
+    logit = np.log(share / (1 - share))
+    assert abs(logit.mean() + 1) < 0.04 and abs(logit.std() - 0.5) < 0.03
+    assert drawn.dtype == np.int32
+    # Later the quarter draws all times evenly, the others as before.
+    later = _times(300, 300, 0.25, "(-1.0,0.5)")
+    assert later[quarter].min() < 10 and abs(later[quarter].mean() - 500) < 30
+    assert _times(0, 0, 0.0, "(20.0,9.0)").max() == 999
+
+
+@pytest.mark.parametrize(
+    ("logit", "share", "why"),
+    [
+        ("(1.0,)", 0.5, "mean, deviation"),
+        ("(0.0,0.0)", 0.5, "above 0"),
+        ("(0.0,1.0)", 1.0, "noisy_share"),
+    ],
+)
+def test_times_that_cannot_be_drawn_are_refused(logit, share, why):
+    with pytest.raises(UserError, match=why):
+        _times(0, 0, share, logit)

@@ -130,6 +130,7 @@ def _trained_alike(configs: Sequence[ConfigDict]) -> bool:
             training.num_steps,
             training.get("noisy_steps", 0),
             training.get("noisy_share", 1.0),
+            tuple(training.get("time_logit", ())),
         )
 
     first, *others = map(what, configs)
