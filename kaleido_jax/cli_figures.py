@@ -11,7 +11,7 @@ from kaleido_jax import cli_arguments as arguments
 from kaleido_jax.cli_evaluate import several
 from kaleido_jax.errors import UserError
 
-KINDS = ("toy", "guidance", "steps", "table", "diversity", "control", "editing")
+KINDS = ("toy", "guidance", "steps", "table", "diversity", "control", "editing", "noise")
 # What each figure reads besides --out and --seed.
 TAKES = {
     "toy": ("quick",),
@@ -21,6 +21,7 @@ TAKES = {
     "diversity": ("checkpoint", "baseline", "prompt", "guidance", "setting"),
     "control": ("checkpoint", "prompt", "num", "setting"),
     "editing": ("checkpoint", "prompt", "document", "script", "setting"),
+    "noise": ("checkpoint", "metrics", "samples", "data"),
 }
 
 
@@ -40,9 +41,11 @@ def add_figures(verbs: argparse._SubParsersAction, name: str) -> argparse.Argume
         kaleido figures control --checkpoint runs/k                                 # Figure 6
         kaleido figures editing --checkpoint runs/k                          # Figures 8 and 14
         kaleido figures editing --checkpoint runs/k --document out/000000.png --script edits.jsonl
+        kaleido figures noise --checkpoint runs/k --metrics box_iou,shape
 
         Writes NAME.svg, NAME.png and NAME.csv into the folder; files of these names are replaced.
-        `table` writes table.md and table.csv and prints the former; `steps` is over training steps.
+        `table` writes table.md and table.csv and prints the former; `steps` is over training steps;
+        `noise` says at which noise the condition is read, and at which a picture is lost.
         """,
     )
     parser.add_argument("kind", choices=KINDS, metavar="|".join(KINDS), help="which figure")
@@ -91,7 +94,21 @@ def add_figures(verbs: argparse._SubParsersAction, name: str) -> argparse.Argume
         "--metrics",
         type=several(str),
         metavar="A,B",
-        help="of these: keys of the results' metrics or adherence (default: fid,recall_3)",
+        help="of these: keys of the results' metrics or adherence (default: fid,recall_3);"
+        " noise: of what its detectors see (default: box_iou,hue,shade,shape)",
+    )
+    parser.add_argument(
+        "--samples",
+        type=arguments.whole(2, 4096),
+        metavar="N",
+        help="noise: held-out pictures, all in one batch (default: 128)",
+    )
+    parser.add_argument(
+        "--data",
+        type=arguments.setting,
+        action="append",
+        metavar="NAME=VALUE",
+        help="noise: another value of the config's data.source, such as path=SHARDS",
     )
     parser.add_argument(
         "--document", type=pathlib.Path, metavar="FILE", help="editing: a document or picture"
@@ -141,10 +158,13 @@ def _draw(args: argparse.Namespace) -> Any:
 
     settings = dict(args.setting or ())
     if args.kind == "toy":
-        return run.toy(bool(args.quick), args.seed, lambda line: print(line, file=sys.stderr))
+        return run.toy(bool(args.quick), args.seed, _say)
     if args.kind in ("guidance", "steps"):
         along = "step" if args.kind == "steps" else "guidance"
         return run.curves(args.results, args.metrics or guidance.METRICS, along)
+    if args.kind == "noise":
+        count, changes = args.samples or 128, dict(args.data or ())
+        return run.over_noise(args.checkpoint, args.metrics, count, args.seed, changes, _say)
     models = {"baseline": args.baseline} if args.kind == "diversity" else {}
     pipes = run.open_pipes({**models, "kaleido": args.checkpoint})
     pipe = pipes["kaleido"]
@@ -155,3 +175,7 @@ def _draw(args: argparse.Namespace) -> Any:
         return pictures.control(pipe, captions, args.num or 4, args.seed, settings)
     weights = args.guidance or (1.0, 2.0, 4.0, 8.0)
     return pictures.diversity(pipes, captions, weights, args.seed, settings)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

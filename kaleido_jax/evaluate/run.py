@@ -93,7 +93,7 @@ def run(request: Request, say: Say = print) -> list[dict[str, Any]]:
     data = Data(pipe.config, pipe.names, request.data)
     feature = make_feature(request.feature or _default_feature(data))
     names = measure.choose(request.metrics, feature, data.name)
-    specs = _default_detectors(pipe, data) if request.detectors is None else request.detectors
+    specs = default_detectors(pipe.names, data) if request.detectors is None else request.detectors
     evaluation = _Evaluation(request, data, feature, names, specs, say)
     for subject, weight in _subjects(request, pipe, data):
         evaluation.evaluate(subject, weight)
@@ -134,10 +134,10 @@ def _default_feature(data: Data) -> str:
     )
 
 
-def _default_detectors(pipe: Pipeline, data: Data) -> tuple[str, ...]:
-    """Those that need no weights and fit the model's latents."""
-    found = ["shapes"] if data.name == "shapes" and set(pipe.names) - {"voken"} else []
-    if "voken" in pipe.names:
+def default_detectors(names: Sequence[str], data: Data) -> tuple[str, ...]:
+    """Those that need no weights and fit a model's latents."""
+    found = ["shapes"] if data.name == "shapes" and set(names) - {"voken"} else []
+    if "voken" in names:
         path = data.describe()["source"].get("vokens", "")
         found.append(f"patch:{path}" if path else "patch")
     return tuple(found)

@@ -8,11 +8,15 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kaleido_jax import editing
+from kaleido_jax import bundle, editing
 from kaleido_jax.data.shapes import HUE_NAMES
 from kaleido_jax.demo.shapes import CAPTIONS
 from kaleido_jax.errors import UserError
-from kaleido_jax.figures import guidance, pictures, results_table, style, tables
+from kaleido_jax.evaluate import by_noise
+from kaleido_jax.evaluate.adherence import make_detector
+from kaleido_jax.evaluate.data import Data
+from kaleido_jax.evaluate.run import default_detectors
+from kaleido_jax.figures import guidance, noise, pictures, results_table, style, tables
 from kaleido_jax.generate import Pipeline
 from kaleido_jax.latents import load_document
 
@@ -89,6 +93,36 @@ def curves(results: Sequence[pathlib.Path], metrics: Sequence[str], along: str) 
     """
     table = guidance.rows(results, metrics, along)
     return guidance.draw(table, along), table
+
+
+def over_noise(
+    folder: pathlib.Path,
+    metrics: Sequence[str] | None,
+    samples: int,
+    seed: int,
+    changes: Mapping[str, str],
+    say: Say,
+) -> pictures.Drawing:
+    """Errors and what sampling keeps, over the noise.
+
+    Args:
+      metrics: measures of the model's detectors to draw; those of noise.METRICS by default.
+      changes: other values of the config's data.source.
+
+    Raises:
+      UserError: data that cannot be read, or a measure that none of the detectors has.
+    """
+    model = bundle.load(folder)
+    names = tuple(model.config.latents)
+    data = Data(model.config, names, changes)
+    detectors = [make_detector(spec) for spec in default_detectors(names, data)]
+    rows = by_noise.rows(model, data, detectors, samples, seed, say=say)
+    known = dict.fromkeys(row["measure"] for row in rows if row["level"] == 0)
+    for name in metrics or ():
+        if name not in known:
+            there = ", ".join(known) or "none without latents"
+            raise UserError(f"figures noise: no measure {name!r} of this model; there are {there}")
+    return noise.draw(rows, metrics or noise.METRICS), rows
 
 
 def open_pipes(models: Mapping[str, pathlib.Path]) -> dict[str, Pipeline]:
