@@ -144,3 +144,24 @@ def test_processes_give_the_losses_of_one_and_go_on_in_another_number(tmp_path):
     assert "4 processes (KALEIDO_*), 2 devices in this one, 8 in all" in told
     assert "going on from step 5 " in told
     same_losses(workdir, wanted)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_processes_begin_alike_with_a_decoder_that_gets_vokens(tmp_path):
+    """A table of tokens that grows, divided over 2 processes x 2 devices, against one device."""
+    tied = "--config.model.latent_decoder.logits_via_embedding=True"
+    finished(local(tmp_path / "before", 1, 1, "--config.train.num_steps=2", tied))
+    grown = [
+        tied,
+        "--config.train.num_steps=6",
+        f"--config.init_from={tmp_path / 'before'}",
+        "--config.vocabulary.num_vokens=100",
+        "--config.model.latent_decoder.vocab_size=1664",
+    ]
+    told = finished(local(tmp_path / "one", 1, 1, *grown))
+    assert "tokens after the first 1536 start anew" in told
+    wanted = metrics(tmp_path / "one")
+    assert len(wanted) == 6
+    finished(local(tmp_path / "two", 2, 2, *grown, "--config.mesh.data=1", "--config.mesh.fsdp=4"))
+    same_losses(tmp_path / "two", wanted)
