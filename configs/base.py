@@ -136,7 +136,7 @@ def get_config() -> ConfigDict:
     c.train.latent_weight = 1.0  # eta of L = L_DM + eta L_AR (Sec. 3.3; value not given)
     c.train.noisy_steps = 0  # ours: of so many steps the first draw only the noisiest times
     c.train.noisy_share = 1.0  # of the batch, for which they do
-    c.train.time_logit = ()  # of the others' times: (mean, deviation); () = uniform
+    c.train.time_logit = ()  # of the others' times (needs a smaller share): (mean, deviation)
     c.train.cond_drop_rate = 0.1  # p_uncond (Sec. 2; value not given)
     c.train.log_every = 100
     c.train.checkpoint_every = 5_000

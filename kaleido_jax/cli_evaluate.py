@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from kaleido_jax import cli_arguments as arguments
@@ -158,7 +158,7 @@ def evaluate(args: argparse.Namespace) -> None:
         guidance=args.guidance,
         seeds=args.seeds,
         settings=settings | dict(args.setting),
-        data={name: _joined(value) for name, value in args.data},
+        data=data_changes(args.data),
         feature=args.feature,
         metrics=args.metrics,
         detectors=None if args.detector is None else tuple(args.detector),
@@ -192,8 +192,9 @@ def _name_of(folder: pathlib.Path) -> str:
     return (folder.parent.parent if run else folder).name
 
 
-def _joined(value: str | list[str]) -> str:
-    return value if isinstance(value, str) else ",".join(value)
+def data_changes(settings: Iterable[tuple[str, str | list[str]]]) -> dict[str, str]:
+    """The values of --data by name, as they were written."""
+    return {n: v if isinstance(v, str) else ",".join(v) for n, v in settings}
 
 
 def several(kind: Callable[[str], Any]) -> Callable[[str], tuple]:

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from kaleido_jax import cli_arguments as arguments
-from kaleido_jax.cli_evaluate import several
+from kaleido_jax.cli_evaluate import data_changes, several
 from kaleido_jax.errors import UserError
 
 KINDS = ("toy", "guidance", "steps", "table", "diversity", "control", "editing", "noise")
@@ -95,13 +95,13 @@ def add_figures(verbs: argparse._SubParsersAction, name: str) -> argparse.Argume
         type=several(str),
         metavar="A,B",
         help="of these: keys of the results' metrics or adherence (default: fid,recall_3);"
-        " noise: of what its detectors see (default: box_iou,hue,shade,shape)",
+        " noise: of what its detectors see (default: all but angles, backgrounds and successes)",
     )
     parser.add_argument(
         "--samples",
         type=arguments.whole(2, 4096),
         metavar="N",
-        help="noise: held-out pictures, all in one batch (default: 128)",
+        help="noise: held-out pictures (default: 128)",
     )
     parser.add_argument(
         "--data",
@@ -163,7 +163,7 @@ def _draw(args: argparse.Namespace) -> Any:
         along = "step" if args.kind == "steps" else "guidance"
         return run.curves(args.results, args.metrics or guidance.METRICS, along)
     if args.kind == "noise":
-        count, changes = args.samples or 128, dict(args.data or ())
+        count, changes = args.samples or 128, data_changes(args.data or ())
         return run.over_noise(args.checkpoint, args.metrics, count, args.seed, changes, _say)
     models = {"baseline": args.baseline} if args.kind == "diversity" else {}
     pipes = run.open_pipes({**models, "kaleido": args.checkpoint})

@@ -19,6 +19,8 @@ from kaleido_jax.errors import UserError
 from kaleido_jax.models.kaleido import Kaleido, drop_condition, join
 from kaleido_jax.types import Batch, Conditioning, Params, Pyramid
 
+GOLDEN = 0.6180339887498949
+
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
@@ -98,7 +100,10 @@ class LossConfig:
         return least if self.noisy_share == 1 else jnp.where(self.noisy_rows(size), least, 0)
 
     def noisy_rows(self, size: int) -> Bool[np.ndarray, " size"]:
-        """The rows of noisy_share, spread over a batch whose parts may train other resolutions."""
+        """The rows of noisy_share, spread over the batch."""
+        if self.mixed_ratio:
+            # Resolutions have rows at even distances too; the golden ratio keeps step with none.
+            return np.arange(1, size + 1) * GOLDEN % 1 < self.noisy_share
         return np.diff(np.floor(np.arange(size + 1) * self.noisy_share)) > 0
 
     def mix(self, images: Pyramid) -> Pyramid:

@@ -72,3 +72,20 @@ def test_the_others_draw_the_times_whose_logit_is_normal():
 def test_times_that_cannot_be_drawn_are_refused(logit, share, why):
     with pytest.raises(UserError, match=why):
         _times(0, 0, share, logit)
+
+
+@pytest.mark.parametrize("mixed", [(1, 1), (2, 1), (1, 3)])
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_rows_of_every_resolution_are_among_the_noisy_ones(mixed, share):
+    config = tiny_config("train.noisy_steps=9", f"train.noisy_share={share}", nested=True)
+    with config.unlocked():
+        config.train.mixed_ratio = mixed
+    cfg = losses.LossConfig.from_config(config, (2, 1))
+    size = 48 * sum(mixed)
+    noisy = cfg.noisy_rows(size)
+    assert abs(noisy.mean() - share) < 0.03
+    rows = np.arange(size)
+    images = (rows[:, None, None, None], rows[:, None, None, None])
+    highest, lowest = (np.asarray(x).ravel() for x in cfg.mix(images))
+    for own in (highest, np.setdiff1d(lowest, highest)):
+        assert abs(noisy[own].mean() - share) < 0.1

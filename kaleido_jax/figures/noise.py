@@ -9,11 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kaleido_jax.figures.style import BASELINE, FAINT, GREY, INK, KALEIDO
+from kaleido_jax.figures.style import BASELINE, FAINT, GREY, KALEIDO
 
-METRICS = ("box_iou", "hue", "shade", "shape")
+METRICS = ("box_iou", "blob_iou", "hue", "shade", "shape", "voken")
 _ERROR = "error, "
-_COLOURS = (KALEIDO, BASELINE, "#1b7837", "#b2182b", "#7b3294", INK)
 
 
 def draw(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str] = METRICS) -> Figure:
@@ -36,13 +35,14 @@ def draw(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str] = METRICS) ->
     axes[0].set_yscale("log")
     axes[0].set_ylabel("squared error of the clean picture")
     for i, name in enumerate(seen):
-        _line(axes[1], lines[name], name, _COLOURS[i % len(_COLOURS)])
+        _line(axes[1], lines[name], name, f"C{i}")
     if seen:
         axes[1].set_ylabel("after sampling from there")
-        axes[1].set_ylim(top=1.02)
+        if all(row["value"] <= 1 for name in seen for row in lines[name]):  # angles are more
+            axes[1].set_ylim(top=1.02)
     for ax in axes:
         ax.set_xscale("log")
-        ax.set_xlabel("noise, sigma / alpha")
+        ax.set_xlabel("noise, sigma / alpha of the highest resolution")
         ax.grid(color=FAINT, linewidth=0.6)
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=9)

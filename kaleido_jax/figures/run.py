@@ -106,7 +106,8 @@ def over_noise(
     """Errors and what sampling keeps, over the noise.
 
     Args:
-      metrics: measures of the model's detectors to draw; those of noise.METRICS by default.
+      metrics: measures of the model's detectors to draw; by default those of noise.METRICS that
+        it has.
       changes: other values of the config's data.source.
 
     Raises:
@@ -116,12 +117,7 @@ def over_noise(
     names = tuple(model.config.latents)
     data = Data(model.config, names, changes)
     detectors = [make_detector(spec) for spec in default_detectors(names, data)]
-    rows = by_noise.rows(model, data, detectors, samples, seed, say=say)
-    known = dict.fromkeys(row["measure"] for row in rows if row["level"] == 0)
-    for name in metrics or ():
-        if name not in known:
-            there = ", ".join(known) or "none without latents"
-            raise UserError(f"figures noise: no measure {name!r} of this model; there are {there}")
+    rows = by_noise.rows(model, data, detectors, samples, seed, wanted=metrics or (), say=say)
     return noise.draw(rows, metrics or noise.METRICS), rows
 
 

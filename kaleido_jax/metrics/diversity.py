@@ -42,12 +42,10 @@ def inception_score(
         np.add.at(marginal, owner[here], counts[here, None] * p)
         np.add.at(totals, owner[here], counts[here])
     kept = totals > 0  # a resample may leave a small split empty
-    # A split counts as often as a resample drew its rows; alike where every row counts once.
-    weights = (totals / np.diff(edges))[kept]
     entropy, totals = entropy[kept], totals[kept]
     marginal = marginal[kept] / totals[:, None]
     spread = -(marginal * np.log(np.where(marginal > 0, marginal, 1))).sum(1)
-    return float(np.average(np.exp(entropy / totals + spread), weights=weights))
+    return float(np.exp(entropy / totals + spread).mean())
 
 
 def vendi_score(
