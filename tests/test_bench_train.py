@@ -62,6 +62,7 @@ def test_a_sweep_ends_where_memory_does():
     assert made[-1] == {"bench": "train", "batch_size": 32, "fits": False, "reason": "too much"}
 
 
+@pytest.mark.slow
 def test_nothing_fits(capsys):
     assert cli.main([*WORDS, *TINY, "--batch-size", "8", "--memory", "1e-6"]) == 2
     captured = capsys.readouterr()

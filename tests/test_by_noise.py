@@ -35,7 +35,7 @@ def measure(model, count, levels, **more):
     return {(row["level"], row["measure"]): row for row in found}, data
 
 
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("nested", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_network_that_says_nothing_errs_by_what_the_noise_hides(nested):
     """With v = 0 the clean picture is taken for alpha x_t, whatever the condition is."""
     model = _bundle(tiny_config(nested=True)) if nested else tiny()

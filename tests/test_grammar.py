@@ -248,6 +248,7 @@ def test_long_latents_end_before_their_most_characters(name, monkeypatch):
     assert max(lengths) <= 160 and np.mean(lengths) > 60
 
 
+@pytest.mark.slow
 def test_shapes_are_counted(monkeypatch):
     monkeypatch.setattr("kaleido_jax.latents.grounding.MAX_OBJECTS", 3)
     vocabulary, laid = tables(("bbox",))

@@ -134,6 +134,7 @@ def client(scratch: pathlib.Path, address: str, *words: str, **more: str) -> lis
     return result.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_push_pull_and_offline(tmp_path, server):
     source = str(ROOT / "kaleido_jax" / "assets" / "shapes_baseline")
     address, pictures = client(tmp_path, server.address, "push", NAME, source)

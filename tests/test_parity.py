@@ -33,7 +33,17 @@ def same(left: pathlib.Path, right: pathlib.Path) -> bool:
     return all(same(left / name, right / name) for name in names)
 
 
-@pytest.mark.parametrize("path", parity.entries(OWN), ids=lambda path: path.name)
+LONGEST = ("mdm_loss.npz", "mdm_sample.npz")  # together nearly a minute
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=[pytest.mark.slow] if path.name in LONGEST else [])
+        for path in parity.entries(OWN)
+    ],
+    ids=lambda path: path.name,
+)
 def test_own_reference(path):
     holds, line = parity.report(path)
     if path.name == "mdm_nested2.npz" and not holds:

@@ -157,6 +157,7 @@ def test_a_frozen_encoder_has_no_slots_and_does_not_move():
     assert any(name.startswith("denoiser") for name in moved)
 
 
+@pytest.mark.slow
 def test_parameters_slots_and_batches_lie_where_the_rules_say():
     cfg = tiny_config("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
     trainer = train.Trainer(cfg)

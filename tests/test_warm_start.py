@@ -133,6 +133,7 @@ def test_more_vokens_leave_the_other_tokens_as_they_were(weights, tmp_path):
     assert any("tokens after the first 1536 start anew" in line for line in said)
 
 
+@pytest.mark.slow
 def test_more_vokens_only_where_they_can_be_learned(weights, tmp_path, monkeypatch):
     """Not of another tokenizer, not frozen, not in a head of its own, not without vokens."""
     wrong = pytest.raises(UserError, match=r"embedding is \[1536, 48\], should be \[1664, 48\]")

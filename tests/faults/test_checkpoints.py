@@ -115,6 +115,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(small_disk, capfd):
     workdir = small_disk / "run"
     train(runs.toy("train.num_steps=2"), workdir, say=quiet)

@@ -146,6 +146,7 @@ def test_a_spike_is_clipped_and_told(monkeypatch, tmp_path):
     assert any("a gradient of norm" in x and "clipped to 2" in x for x in said)
 
 
+@pytest.mark.slow
 def test_a_spike_is_dropped_if_asked_for(monkeypatch, tmp_path):
     said, more = [], ("train.num_steps=64", "train.log_every=64", "train.skip_spike=20.0")
     config = with_scaled(monkeypatch, 1e4, 60, 60, *more, "train.checkpoint_every=60")
