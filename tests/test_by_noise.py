@@ -112,7 +112,7 @@ def test_what_cannot_be_measured_is_refused(case):
         measure(tiny(), *case)
 
 
-@pytest.mark.parametrize("latents", [("bbox",), ()])
+@pytest.mark.parametrize("latents", [("bbox",), pytest.param((), marks=pytest.mark.slow)])
 def test_the_figure_and_its_numbers(tmp_path, capsys, latents, monkeypatch):
     monkeypatch.setattr(by_noise, "LEVELS", (100, 900))
     folder = bundle.save(tmp_path / "model", tiny(latents))

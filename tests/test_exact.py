@@ -34,7 +34,7 @@ def test_a_picture_of_a_large_batch_is_made_again_alone(pipe, tmp_path):
             assert (tmp_path / "again.png").read_bytes() == (tmp_path / "first.png").read_bytes()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_another_batch_shape_moves_no_pixel_by_more_than_one(pipe, batch_size):
     out = pipe(PROMPTS, num_images=5, num_steps=4, seed=2)
     documents = [out.documents[number] for number in (0, 7, 14)]

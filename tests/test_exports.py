@@ -108,7 +108,9 @@ def test_transformers_computes_what_we_do(tmp_path):
     np.testing.assert_allclose(got[0, :5], want[0, :5].numpy(), atol=2e-5)
 
 
-@pytest.mark.parametrize("latents", [("text",), ()], ids=["kaleido", "baseline"])
+@pytest.mark.parametrize(
+    "latents", [("text",), pytest.param((), marks=pytest.mark.slow)], ids=["kaleido", "baseline"]
+)
 def test_stablehlo_gives_the_pictures_of_the_pipeline(tmp_path, latents):
     a_bundle = model(latents)
     pipe = pipeline(a_bundle)

@@ -67,7 +67,7 @@ def test_splitting_and_merging_are_inverse():
     assert leaves_of(whole[0]).popitem()[1].shape == (2, 4, 3) and whole[1] == {}
 
 
-@pytest.mark.parametrize("name", ["all", "last", "lora"])
+@pytest.mark.parametrize("name", ["all", pytest.param("last", marks=pytest.mark.slow), "lora"])
 def test_whatever_part_of_t5_trains_learns_at_its_share_of_the_rate(name):
     cfg = part_config(name, "optim.text_rate=0.125", "optim.decay=constant")
     params = jax.tree.map(lambda a: jnp.ones(a.shape), one_device(cfg).abstract_state().params)
