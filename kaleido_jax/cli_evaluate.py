@@ -82,6 +82,14 @@ def add_evaluate(verbs: argparse._SubParsersAction, name: str) -> argparse.Argum
         help="another value of the config's data.source, such as path=SHARDS",
     )
     parser.add_argument(
+        "--held-out",
+        type=arguments.setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="the same for captions and true pictures alone, such as split=validation",
+    )
+    parser.add_argument(
         "--feature", default="", metavar="NAME", help="inception:DIR, shapes, random or pixels"
     )
     parser.add_argument(
@@ -145,20 +153,24 @@ def evaluate(args: argparse.Namespace) -> None:
 
     sizes = ("samples", "references", "neighbours", "bootstrap")
     changes = {n: getattr(args, n) for n in sizes if getattr(args, n) is not None}
-    if "references" in changes and "neighbours" not in changes:
-        changes["neighbours"] = 0
+    protocol = dataclasses.replace(protocols[args.protocol], **changes)
+    if protocol.references:
+        fewer = min(protocol.neighbours or protocol.references, protocol.references)
+        protocol = dataclasses.replace(protocol, neighbours=fewer)
+    changed = "" if protocol == protocols[args.protocol] else ", changed"
     given = {"num_steps": args.steps, "sampler": args.sampler}
     settings = {name: value for name, value in given.items() if value is not None}
     request = run.Request(
         checkpoint=args.checkpoint,
         out=args.out,
         name=args.name or _name_of(args.checkpoint.resolve()),
-        protocol=dataclasses.replace(protocols[args.protocol], **changes),
-        protocol_name=args.protocol,
+        protocol=protocol,
+        protocol_name=args.protocol + changed,
         guidance=args.guidance,
         seeds=args.seeds,
         settings=settings | dict(args.setting),
         data=data_changes(args.data),
+        held_out=data_changes(args.held_out),
         feature=args.feature,
         metrics=args.metrics,
         detectors=None if args.detector is None else tuple(args.detector),

@@ -10,6 +10,10 @@ from pathlib import Path
 from kaleido_jax.errors import UserError
 
 
+class BusyError(UserError):
+    """Another process writes to the folder."""
+
+
 @contextlib.contextmanager
 def sole_writer(folder: Path, command: str) -> Iterator[None]:
     """Makes a folder and keeps other writers out of it until the block, or the process, ends.
@@ -19,7 +23,8 @@ def sole_writer(folder: Path, command: str) -> Iterator[None]:
       command: who writes, for the message.
 
     Raises:
-      UserError: the folder cannot be written, or another process is writing to it.
+      UserError: the folder cannot be written.
+      BusyError: another process is writing to it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -30,5 +35,5 @@ def sole_writer(folder: Path, command: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"another `{command}` is writing to {folder}") from error
+            raise BusyError(f"another `{command}` is writing to {folder}") from error
         yield

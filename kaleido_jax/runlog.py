@@ -38,14 +38,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def tensorboard_writer(workdir: pathlib.Path, say: Callable[[str], None]) -> Any | None:
-    """clu's writer of TensorBoard events, or None (said once) where clu is not installed."""
+def tensorboard_writer(
+    workdir: pathlib.Path, say: Callable[[str], None], run: str = ""
+) -> Any | None:
+    """clu's writer of TensorBoard events, or None (said once) where clu is not installed.
+
+    Args:
+      run: folder under WORKDIR/tensorboard, which TensorBoard shows as a run of its own.
+    """
     try:
         from clu import metric_writers
     except ImportError:
         say("TensorBoard events are off: install the extra 'data' to write them")
         return None
-    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(workdir / "tensorboard")))
+    return metric_writers.AsyncWriter(
+        metric_writers.SummaryWriter(str(workdir / "tensorboard" / run))
+    )
 
 
 class RunLog:

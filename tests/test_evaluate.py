@@ -87,7 +87,7 @@ def test_each_measure_sees_its_own_error():
 def test_grounding_engines_are_held_against_boxes():
     written = "a dog (0, 0, 500, 500) near the cat (600, 600, 1000, 1000)"
     seen = "the brown dog (0, 0, 500, 250) a bird (600, 600, 1000, 1000)"
-    detector = adherence.GroundingDetector(lambda images, captions: [seen] * len(images))
+    detector = adherence.GroundingDetector(lambda images, captions: [seen] * len(images), {})
     images = np.zeros((2, 8, 8, 3), np.uint8)
     documents = [LatentDocument("a dog", {"bbox": written}), LatentDocument("a dog", {})]
     found = detector.judge(images, documents)
@@ -216,7 +216,7 @@ def test_references_are_computed_once_and_checked(tmp_path, monkeypatch):
 
 def test_held_out_pictures_are_no_training_pictures():
     shapes_data = data(latents=())
-    training = {image.tobytes() for image in shapes_data.references(50)}
+    training = {image.tobytes() for image in shapes_data.references(range(50))}
     held_out = {shapes_data.held_out(i)["image"].tobytes() for i in range(50)}
     assert len(held_out) == 50 and not training & held_out
 

@@ -93,6 +93,42 @@ def test_results_that_cannot_be_compared_are_refused(tmp_path, change, what):
         guidance.rows([path], ("fid",))
 
 
+def test_a_point_is_of_one_checkpoint_and_each_seed_once(tmp_path):
+    """Measured again for another metric, or read twice: the same pictures, counted once."""
+    path = results_file(tmp_path, result("kaleido", 8.0, 0, 4.0, other=1))
+    whole = guidance.rows([path, path], ("fid",))
+    (one,) = [r for r in whole if (r["model"], r["guidance"]) == ("kaleido", 8.0)]
+    assert (one["value"], one["seeds"]) == (4.5, "0 1")
+    (row,) = [
+        r
+        for r in results_table.rows([path, path], ("fid",))
+        if (r["model"], r["guidance_weight"]) == ("kaleido", 8.0)
+    ]
+    assert (row["fid"], row["seeds"]) == (4.5, "0 1")
+    path = results_file(tmp_path / "two", result("kaleido", 8.0, 0, 7.0, other=1))
+    with pytest.raises(UserError, match="'kaleido' has two values of fid for seed 0 and guidance"):
+        guidance.rows([path], ("fid",))
+    more = [result("third", w, 0, 1.0, checkpoint_hash=f"h{w:g}") for w in (1.0, 8.0)]
+    path = results_file(tmp_path / "hashes", *more)
+    with pytest.raises(UserError, match=r"named 'third' are of several checkpoints .h1 and h8."):
+        guidance.rows([path], ("fid",))
+
+
+def test_measures_of_other_detectors_are_not_compared(tmp_path):
+    """Nor by `table`; what another latent is judged by does not matter."""
+    shapes, patch = {"judges": "objects", "name": "shapes"}, {"judges": "vokens", "name": "patch"}
+    path = tmp_path / "results.jsonl"
+    results.append(path, result("one", 8.0, 0, 1.0, detectors=[shapes]))
+    results.append(path, result("two", 8.0, 0, 1.0, detectors=[shapes, patch]))
+    assert len(guidance.rows([path], ("hue",))) == len(results_table.rows([path], ("hue",))) == 2
+    other = {"judges": "objects", "name": "hf"}
+    results.append(path, result("three", 8.0, 0, 1.0, detectors=[other, patch]))
+    assert len(guidance.rows([path], ("fid",))) == 3
+    for module in (guidance, results_table):
+        with pytest.raises(UserError, match="different detectors for hue"):
+            module.rows([path], ("hue",))
+
+
 def test_steps_are_a_line_for_each_guidance(tmp_path):
     path = results_file(
         tmp_path,

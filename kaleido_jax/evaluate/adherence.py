@@ -7,6 +7,8 @@ latents is the ceiling.
 from __future__ import annotations
 
 import difflib
+import hashlib
+import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -31,10 +33,35 @@ Found = dict[str, list[tuple[int, float]]]
 
 
 class Detector(Protocol):
-    """Judges pictures by their documents."""
+    """Judges pictures by their documents.
+
+    Attributes:
+      judges: what it judges, "objects" or "vokens": two detectors of one cannot go together.
+      identity: what shapes its judgement, for JSON.
+    """
+
+    judges: str
+    identity: dict[str, Any]
 
     def judge(self, images: Images, documents: Sequence[LatentDocument]) -> Found:
         """Values of each measure that the documents' latents allow."""
+
+
+def make_detectors(specs: Sequence[str]) -> list[Detector]:
+    """Those that the specs name.
+
+    Raises:
+      UserError: what `make_detector` refuses, or two whose values could not be told apart.
+    """
+    found = [make_detector(spec) for spec in specs]
+    for number, detector in enumerate(found):
+        for spec, other in zip(specs, found[:number], strict=False):
+            if other.judges == detector.judges:
+                raise UserError(
+                    f"--detector {spec} and {specs[number]} both judge {detector.judges}; "
+                    "evaluate once with each"
+                )
+    return found
 
 
 def make_detector(spec: str) -> Detector:
@@ -62,6 +89,11 @@ class ShapesDetector:
     seen. Of those that are seen: shade, shape, and angle (degrees, only where r_minor / r_major is
     under ROUND). background, and layout where both its objects are seen.
     """
+
+    judges = "objects"
+
+    def __init__(self) -> None:
+        self.identity = {"name": "shapes"}
 
     def judge(self, images: Images, documents: Sequence[LatentDocument]) -> Found:
         found: Found = {}
@@ -147,8 +179,12 @@ def _add(found: Found, name: str, row: int, value: Any) -> None:
 class VokenDetector:
     """voken: share of written ids that the picture has when it is encoded again."""
 
-    def __init__(self, encode: Callable[[Images], list[tuple[int, ...]]]):
-        self._encode = encode
+    judges = "vokens"
+
+    def __init__(
+        self, encode: Callable[[Images], list[tuple[int, ...]]], identity: Mapping[str, Any]
+    ):
+        self._encode, self.identity = encode, dict(identity)
 
     def judge(self, images: Images, documents: Sequence[LatentDocument]) -> Found:
         rows = [i for i, document in enumerate(documents) if document.latents.get("voken")]
@@ -165,16 +201,28 @@ class VokenDetector:
 
 def _patch(spec: str) -> Detector:
     argument = spec.partition(":")[2]
-    tokenizer = PatchTokenizer
-    made = tokenizer.default() if argument in ("", "default") else tokenizer.load(argument)
-    return VokenDetector(lambda images: [tuple(row) for row in made.encode(images).tolist()])
+    tokenizer, digest = PatchTokenizer, "default"
+    if argument in ("", "default"):
+        made = tokenizer.default()
+    else:
+        made = tokenizer.load(argument)
+        digest = hashlib.sha256(pathlib.Path(argument).read_bytes()).hexdigest()
+    return VokenDetector(
+        lambda images: [tuple(row) for row in made.encode(images).tolist()],
+        {"name": "patch", "sha256": digest},
+    )
 
 
 # ---- engines of annotation ------------------------------------------------------------------
 
 
-def _engine(stage: str, spec: str) -> Callable[[Images, Sequence[str]], list[str]]:
-    """An annotation engine as a function of pictures and captions to latents, "" for none."""
+def _engine(
+    stage: str, spec: str
+) -> tuple[Callable[[Images, Sequence[str]], list[str]], dict[str, Any]]:
+    """An annotation engine as a function of pictures and captions to latents, "" for none.
+
+    And its provenance.
+    """
     from kaleido_jax.annotate.engines import make_engine
     from kaleido_jax.annotate.protocols import Example
 
@@ -188,7 +236,7 @@ def _engine(stage: str, spec: str) -> Callable[[Images, Sequence[str]], list[str
         ]
         return [result.latent for result in engine.annotate(examples, 0)]
 
-    return run
+    return run, {"name": spec.partition(":")[0], **engine.provenance}
 
 
 class GroundingDetector:
@@ -198,8 +246,12 @@ class GroundingDetector:
     found: whether there is such a phrase.
     """
 
-    def __init__(self, ground: Callable[[Images, Sequence[str]], list[str]]):
-        self._ground = ground
+    judges = "objects"
+
+    def __init__(
+        self, ground: Callable[[Images, Sequence[str]], list[str]], identity: Mapping[str, Any]
+    ):
+        self._ground, self.identity = ground, dict(identity)
 
     def judge(self, images: Images, documents: Sequence[LatentDocument]) -> Found:
         found: Found = {}
@@ -235,16 +287,16 @@ def _box_iou(a: bbox.Box, b: bbox.Box) -> float:
 
 
 def _grounding(spec: str) -> Detector:
-    return GroundingDetector(_engine("bbox", spec))
+    return GroundingDetector(*_engine("bbox", spec))
 
 
 def _vokens(spec: str) -> Detector:
-    run = _engine("voken", spec)
+    run, identity = _engine("voken", spec)
 
     def encode(images: Images) -> list[tuple[int, ...]]:
         return [voken.parse(s) if s else () for s in run(images, [""] * len(images))]
 
-    return VokenDetector(encode)
+    return VokenDetector(encode, identity)
 
 
 # Name -> maker(NAME or NAME:ARGUMENT). Engines bear the names that `kaleido annotate` knows.

@@ -12,8 +12,10 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from kaleido_jax.data import RecordError, make_source
+from kaleido_jax.data.sources import Source
 from kaleido_jax.data.streams import permute
 from kaleido_jax.errors import UserError
+from kaleido_jax.prompts import clean_prompt
 
 # The generator of shapes gives other data for another seed; training uses the config's own.
 HELD_OUT = 10_000
@@ -26,14 +28,18 @@ class Data:
     """The data that a config names: references from the front, held-out examples apart from them.
 
     Shapes are drawn for held-out captions with another seed. Records are taken in a fixed random
-    order, references from its beginning and the others from its end.
+    order, references from its beginning and the others from its end, or from a source of their own.
 
     Attributes:
       name: of the source. held_out_source: the source of held-out examples.
     """
 
     def __init__(
-        self, config: ConfigDict, latents: Sequence[str] = (), changes: Mapping[str, str] = {}
+        self,
+        config: ConfigDict,
+        latents: Sequence[str] = (),
+        changes: Mapping[str, str] = {},
+        held_out: Mapping[str, str] = {},
     ):
         """Opens the source.
 
@@ -41,66 +47,81 @@ class Data:
           config: of a model.
           latents: those that true documents need.
           changes: other values of `data.source`, as strings.
+          held_out: the same, for captions and true pictures alone.
 
         Raises:
           UserError: an unknown setting, missing files, data that are no pictures.
         """
-        settings = config.data.source.to_dict()
-        for name, value in changes.items():
-            settings[name] = _like(name, value, settings.get(name))
+        settings = _changed(config.data.source.to_dict(), changes)
         self.name = settings["name"]
         if self.name == "toy":
             raise UserError("the toy has no pictures to evaluate; see `kaleido figures toy`")
         size = config.data.image_size
         self._settings, self._size = settings, size
         self._training = make_source(settings, size)
-        held_out = settings
+        own = _changed(settings, held_out)
+        if own["name"] != self.name:
+            raise UserError(
+                f"--held-out name={own['name']}: must be the training's, {self.name!r}; --data "
+                "changes both"
+            )
+        self._own = own if own != settings else None
         if self.name == "shapes":
-            held_out = settings | {"seed": settings.get("seed", 0) + HELD_OUT}
-        self.held_out_source = make_source(held_out, size, tuple(latents))
+            own = own | {"seed": own.get("seed", 0) + HELD_OUT}
+        self.held_out_source = make_source(own, size, tuple(latents))
 
     def __len__(self) -> int:
         return len(self._training)
 
     def check_apart(self, references: int, samples: int) -> None:
-        """Raises UserError where true pictures would be among the references."""
-        if self.name != "shapes" and references + samples > len(self):
+        """Raises UserError where true pictures would be among the references (0: all)."""
+        references = references or len(self)
+        if self.name != "shapes" and self._own is None and references + samples > len(self):
             raise UserError(
                 f"{references} references and {samples} true pictures are more than the"
-                f" {len(self)} of the data; give fewer (--references, --samples)"
+                f" {len(self)} of the data; give fewer (--references, --samples), or other data"
+                " for the true pictures (--held-out)"
             )
 
     def describe(self) -> dict[str, Any]:
         """What a result says of it: the source's settings and where captions come from."""
         apart = "another seed" if self.name == "shapes" else "the end of the same records"
-        return {"source": self._settings, "size": self._size, "captions": apart}
+        found = {"source": self._settings, "size": self._size, "captions": apart}
+        if self._own is not None:
+            found |= {"captions": "a source of their own", "held_out": self._own}
+        return found
 
     def held_out(self, number: int) -> dict[str, Any]:
         """Held-out example `number` with its latents; records repeat after the last.
 
+        Its caption is one line. Another record stands in for one that cannot be read, or whose
+        caption no prompt may be (empty, too long, control characters).
+
         Raises:
-          UserError: many unreadable records in a row.
+          UserError: many unusable records in a row.
         """
+        source = self.held_out_source
         last: RecordError | None = None
         for attempt in range(_TRIES):
             place = number + attempt * 7919  # a prime: stand-ins do not follow one another
             try:
                 if self.name == "shapes":
-                    return self.held_out_source[place % len(self)]
-                return self.held_out_source[self._order(len(self) - 1 - place % len(self))]
+                    return source[place % len(source)]
+                last_first = len(source) - 1 - place % len(source)
+                return _asked(source[_order(last_first, len(source))])
             except RecordError as error:
                 last = error
-        raise UserError(f"{_TRIES} unreadable records; the last: {last.where}: {last}")
+        raise UserError(f"{_TRIES} unusable records; the last: {last.where}: {last}")
 
-    def references(self, count: int) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-        """The first `count` training pictures, fewer where some cannot be read.
+    def references(self, numbers: range) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        """Training pictures by their number in the order, fewer where some cannot be read.
 
         Raises:
           UserError: more than MAX_BAD_FRACTION of them cannot.
         """
-        bad = 0
-        for number in range(count):
-            place = number if self.name == "shapes" else self._order(number)
+        bad, count = 0, len(numbers)
+        for number in numbers:
+            place = number if self.name == "shapes" else _order(number, len(self))
             try:
                 yield self._training[place]["image"]
             except RecordError as error:
@@ -110,20 +131,49 @@ class Data:
                         f"{bad} of {count} records cannot be read; the last: {error.where}: {error}"
                     ) from error
 
-    def _order(self, place: int) -> int:
-        return int(permute(np.array([place]), len(self), "evaluate", 0)[0])
-
     def fingerprint(self) -> str:
-        """A hash of the settings and of some records: other data have another one."""
+        """A hash of the settings and of some training pictures: other data have another one."""
         digest = hashlib.sha256(json.dumps(self._settings, sort_keys=True).encode())
         digest.update(f"{self._size} {len(self)}".encode())
-        for place in np.linspace(0, len(self) - 1, min(_PROBES, len(self))).astype(int):
-            try:
-                example = self._training[int(place)]
-                digest.update(example["key"].encode() + example["image"].tobytes())
-            except RecordError as error:
-                digest.update(error.where.encode())
+        _probe(digest, self._training, ())
         return digest.hexdigest()[:16]
+
+    def held_out_fingerprint(self) -> str:
+        """The same of held-out examples, with their captions and latents."""
+        digest = hashlib.sha256(json.dumps(self.describe(), sort_keys=True).encode())
+        digest.update(f"{self._size} {len(self.held_out_source)}".encode())
+        _probe(digest, self.held_out_source, ("caption", "latents"))
+        return digest.hexdigest()[:16]
+
+
+def _probe(digest: hashlib._Hash, source: Source, fields: Sequence[str]) -> None:
+    """Adds keys, pictures and some fields of records that are spread over a source."""
+    for place in np.linspace(0, len(source) - 1, min(_PROBES, len(source))).astype(int):
+        try:
+            example = source[int(place)]
+        except RecordError as error:
+            digest.update(error.where.encode())
+            continue
+        digest.update(example["key"].encode() + example["image"].tobytes())
+        for name in fields:
+            digest.update(json.dumps(example[name], sort_keys=True).encode())
+
+
+def _order(place: int, size: int) -> int:
+    return int(permute(np.array([place]), size, "evaluate", 0)[0])
+
+
+def _asked(example: dict[str, Any]) -> dict[str, Any]:
+    """An example whose caption can be asked for; raises RecordError for one that cannot."""
+    try:
+        return example | {"caption": clean_prompt(" ".join(example["caption"].split()), "caption")}
+    except UserError as error:
+        raise RecordError(example["key"], str(error)) from error
+
+
+def _changed(settings: Mapping[str, Any], changes: Mapping[str, str]) -> dict[str, Any]:
+    """Settings with other values, given as strings."""
+    return {**settings, **{n: _like(n, v, settings.get(n)) for n, v in changes.items()}}
 
 
 def _like(name: str, value: str, old: Any) -> Any:
@@ -138,7 +188,7 @@ def _like(name: str, value: str, old: Any) -> Any:
         if old is not None:
             return type(old)(value)
     except (KeyError, ValueError):
-        raise UserError(f"--data {name}={value}: must be like {old!r}") from None
+        raise UserError(f"data setting {name}={value}: must be like {old!r}") from None
     try:
         return int(value)
     except ValueError:

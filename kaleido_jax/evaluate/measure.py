@@ -55,6 +55,26 @@ def choose(names: Sequence[str] | None, feature: Feature, data: str) -> tuple[st
     return tuple(n for n in METRICS if (n in names if names else not impossible.get(n)))
 
 
+def check_sizes(names: Sequence[str], protocol: Protocol, available: int) -> None:
+    """Raises UserError for fewer pictures or references than the metrics need.
+
+    Args:
+      available: training pictures, all of which a size of 0 stands for.
+    """
+    references = protocol.references or available
+    sizes = {
+        "--samples": protocol.samples,
+        "--references": references,
+        "--neighbours": min(protocol.neighbours or references, references),
+    }
+    near = [name for name in NEIGHBOURS if name in names]
+    for option, size in sizes.items():
+        if near and size <= max(KS):
+            raise UserError(f"{option} {size}: {', '.join(near)} need at least {max(KS) + 1}")
+        if "fid" in names and size < 2 and option != "--neighbours":
+            raise UserError(f"{option} {size}: fid needs at least 2")
+
+
 def by_features(
     names: Sequence[str],
     features: Rows,

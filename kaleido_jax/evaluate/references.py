@@ -3,17 +3,17 @@
 REFERENCES/HASH/000000.npy ...   features
 REFERENCES/HASH/statistics.npz   mean and covariance of all
 REFERENCES/HASH/manifest.json    what they are, and a SHA-256 per file
+REFERENCES/.HASH.partial/...     the same while it is made, kept when that is stopped
 """
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
-import itertools
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Callable
 
 import numpy as np
@@ -22,6 +22,7 @@ from kaleido_jax import checkpoint
 from kaleido_jax.errors import UserError
 from kaleido_jax.evaluate.data import Data
 from kaleido_jax.evaluate.features import Feature
+from kaleido_jax.evaluate.pictures import write_array
 from kaleido_jax.metrics import frechet
 from kaleido_jax.metrics.rows import Rows
 
@@ -53,12 +54,12 @@ def open_references(
       count: training pictures; 0 is all of them.
       tick: is told the number of pictures of each part.
 
+    What was stopped goes on where it stopped; a process waits while another makes the same.
+
     Raises:
       UserError: more pictures than there are, too many unreadable, the folder cannot be written.
     """
-    if count > len(data):
-        raise UserError(f"{count} references asked for; the data hold {len(data)}")
-    count = count or len(data)
+    count = checked_count(count, data)
     what = {
         "version": 1,
         "data": data.describe(),
@@ -79,30 +80,37 @@ def open_references(
     return References(rows, moments, checkpoint.manifest_hash(place), len(rows))
 
 
+def checked_count(count: int, data: Data) -> int:
+    """The number of references, 0 being all; UserError where the data hold fewer."""
+    if count > len(data):
+        raise UserError(f"{count} references asked for; the data hold {len(data)}")
+    return count or len(data)
+
+
 def _make(
     place: pathlib.Path, what: dict, data: Data, feature: Feature, count: int, tick: Tick
 ) -> None:
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    partial = place.with_name(f".{place.name}.partial")
     try:
-        temporary.mkdir(parents=True)
-        pictures = data.references(count)
-        for part in itertools.count():
-            images = list(itertools.islice(pictures, _PART))
-            if not images:
-                break
-            features, _ = feature.compute(np.stack(images))
-            np.save(temporary / f"{part:06d}.npy", features, allow_pickle=False)
-            tick(len(images))
-        moments = frechet.moments(Rows(sorted(temporary.glob("*.npy"))))
-        np.savez(temporary / "statistics.npz", **dataclasses.asdict(moments))
-        manifest = what | {"files": checkpoint.hash_files(temporary)}
-        checkpoint.write_json(temporary / "manifest.json", manifest)
-        try:
-            os.replace(temporary, place)
-        except OSError:
-            if not place.exists():  # another evaluation was first with the same
-                raise
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(place.with_name(f".{place.name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if place.exists():  # another evaluation was first with the same
+                return
+            for left in partial.glob(".*.tmp"):  # of a killed write
+                left.unlink()
+            for first in range(0, count, _PART):
+                path = partial / f"{first // _PART:06d}.npy"
+                numbers = range(first, min(first + _PART, count))
+                if not path.exists():
+                    images = list(data.references(numbers))
+                    if images:  # the last part may be one record that cannot be read
+                        write_array(path, feature.compute(np.stack(images))[0])
+                tick(len(numbers))
+            moments = frechet.moments(Rows(sorted(partial.glob("*.npy"))))
+            np.savez(partial / "statistics.npz", **dataclasses.asdict(moments))
+            manifest = what | {"files": checkpoint.hash_files(partial)}
+            checkpoint.write_json(partial / "manifest.json", manifest)
+            os.replace(partial, place)
     except OSError as error:
         raise UserError(f"{place} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

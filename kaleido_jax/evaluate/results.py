@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -84,13 +85,30 @@ def append(path: pathlib.Path, result: Mapping[str, Any]) -> None:
 
 
 def write_tensorboard(
-    folder: pathlib.Path, result: Mapping[str, Any], step: int, say: Callable[[str], None]
+    folder: pathlib.Path,
+    result: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    say: Callable[[str], None],
 ) -> None:
-    """Writes a result's values as TensorBoard scalars, where clu is installed."""
-    writer = tensorboard_writer(folder, say)
+    """Writes a result's values as TensorBoard scalars over the training step, where clu is.
+
+    What was asked alike but for checkpoint, guidance and seed is one of TensorBoard's runs.
+    """
+    along = ("checkpoint_hash", "step", "seed", "guidance_weight", "settings")
+    identity = asked["identity"]
+    alike = {k: v for k, v in identity.items() if k not in along}
+    settings = {k: v for k, v in identity.get("settings", {}).items() if k not in along}
+    name = re.sub(r"[^\w.-]", "_", result["name"] or result["subject"])
+    run = f"{name}-{identify({**asked, 'identity': alike, 'settings': settings})[:8]}"
+    writer = tensorboard_writer(folder, say, run)
     if writer is None:
         return
-    name = f"{result['subject']}/guidance_{result['guidance_weight']}/seed_{result['seed']}"
-    values = {f"{name}/{k}": v["value"] for k, v in result["metrics"].items()}
-    writer.write_scalars(step, {k: v for k, v in values.items() if v is not None})
+    tag = f"guidance_{result['guidance_weight']}/seed_{result['seed']}"
+    values = {
+        f"{tag}/{part}/{key}": entry["value"]
+        for part in ("metrics", "adherence")
+        for key, entry in result[part].items()
+        if entry["value"] is not None
+    }
+    writer.write_scalars(result.get("step") or 0, values)
     writer.close()

@@ -14,15 +14,15 @@ import jax
 import kaleido_jax
 from kaleido_jax.errors import UserError
 from kaleido_jax.evaluate import measure, results
-from kaleido_jax.evaluate.adherence import make_detector
+from kaleido_jax.evaluate.adherence import make_detectors
 from kaleido_jax.evaluate.data import Data
 from kaleido_jax.evaluate.features import Feature, make_feature
-from kaleido_jax.evaluate.pictures import Pictures
+from kaleido_jax.evaluate.pictures import PART, Pictures
 from kaleido_jax.evaluate.protocols import Protocol
-from kaleido_jax.evaluate.references import References, open_references
+from kaleido_jax.evaluate.references import References, checked_count, open_references
 from kaleido_jax.evaluate.subjects import Model, Subject, Theory, Truth
 from kaleido_jax.generate import Pipeline
-from kaleido_jax.locks import sole_writer
+from kaleido_jax.locks import BusyError, sole_writer
 from kaleido_jax.mesh import make_mesh
 from kaleido_jax.metrics import bootstrap
 from kaleido_jax.runlog import versions
@@ -43,9 +43,10 @@ class Request:
     Attributes:
       checkpoint: workdir, checkpoint or export. out: folder of pictures and results.
       name: of the model in results and figures; its folder's name where empty.
-      protocol, protocol_name: sizes, and the name that they started from.
+      protocol, protocol_name: sizes, and what results call them.
       guidance: weights, () for the config's own. seeds: of sampling, one run each.
-      settings: other sampling settings. data: other values of `data.source`.
+      settings: other sampling settings. data: other values of `data.source`, held_out: the same
+        for captions and true pictures alone.
       feature: for FEATURES; "" for `shapes` on shapes. metrics: names, None for all.
       detectors: for DETECTORS; None for those of the data.
       per_caption: pictures of each caption. per_latent: of these, how many share a z.
@@ -65,6 +66,7 @@ class Request:
     seeds: tuple[int, ...] = (0,)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     data: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    held_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
     feature: str = ""
     metrics: tuple[str, ...] | None = None
     detectors: tuple[str, ...] | None = None
@@ -90,9 +92,12 @@ def run(request: Request, say: Say = print) -> list[dict[str, Any]]:
     # Each host samples its own parts on its own devices.
     mesh = make_mesh(devices=jax.local_devices())
     pipe = Pipeline.from_pretrained(request.checkpoint, mesh)
-    data = Data(pipe.config, pipe.names, request.data)
+    data = Data(pipe.config, pipe.names, request.data, request.held_out)
     feature = make_feature(request.feature or _default_feature(data))
     names = measure.choose(request.metrics, feature, data.name)
+    if _need_references(names):
+        checked_count(request.protocol.references, data)
+        measure.check_sizes(names, request.protocol, len(data))
     specs = default_detectors(pipe.names, data) if request.detectors is None else request.detectors
     evaluation = _Evaluation(request, data, feature, names, specs, say)
     for subject, weight in _subjects(request, pipe, data):
@@ -115,15 +120,17 @@ def _subjects(
             )
             found.append((model, weight))
     if request.ceiling:
-        data.check_apart(
-            max(request.protocol.references, request.protocol.neighbours), request.protocol.samples
-        )
+        data.check_apart(request.protocol.references, request.protocol.samples)
         # Other records than the last there are not: another seed would be the same pictures.
         seeds = request.seeds if data.name == "shapes" else request.seeds[:1]
         found += [(Truth(data, pipe.names, seed), None) for seed in seeds]
     if request.theory:
         found += [(Theory(data, w, seed), w) for seed in request.seeds for w in weights]
     return iter(found)
+
+
+def _need_references(names: Sequence[str]) -> bool:
+    return bool(set(names) - {"adherence", "tv"})
 
 
 def _default_feature(data: Data) -> str:
@@ -156,8 +163,8 @@ class _Evaluation:
         say: Say,
     ):
         self._request, self._data, self._feature = request, data, feature
-        self._names, self._specs, self._say = tuple(names), tuple(detectors), say
-        self._detectors = [make_detector(spec) for spec in detectors]
+        self._names, self._say = tuple(names), say
+        self._detectors = make_detectors(detectors)
         self._references: References | None = None
         self._path = request.out / results.RESULTS
         self.found: list[dict[str, Any]] = []
@@ -170,17 +177,16 @@ class _Evaluation:
             "protocol": dataclasses.asdict(request.protocol),
             "feature": self._feature.describe(),
             "metrics": self._names,
-            "detectors": self._specs,
+            "detectors": [{"judges": d.judges, **d.identity} for d in self._detectors],
             "interval": INTERVAL,
         }
         key = results.identify(asked)
-        known = [result for result in results.read_results(self._path) if result["id"] == key]
-        if known:
-            self._say(f"{subject.label}: already in {self._path}")
-            self.found += known[:1]
+        if self._known(key, subject):
             return
         folder = request.out / "pictures" / results.identify(subject.identity)
-        pictures = Pictures(folder, subject, request.protocol.samples, request.batch_size)
+        # True pictures have no batches, and are the same whatever the model's.
+        batch_size = subject.identity.get("batch_size", PART)
+        pictures = Pictures(folder, subject, request.protocol.samples, batch_size)
         shard, shards = request.shard
         with sole_writer(folder / f"shard_{shard}_of_{shards}", "kaleido evaluate"):
             missing = [p for p in pictures.missing() if p % shards == shard]
@@ -192,12 +198,25 @@ class _Evaluation:
         if left:
             self._say(f"{subject.label}: {len(left)} parts of other shards are not there yet")
             return
-        with sole_writer(folder / "measuring", "kaleido evaluate"):
-            self._measure(key, subject, weight, pictures, begun)
+        try:
+            with sole_writer(folder / "measuring", "kaleido evaluate"):
+                if not self._known(key, subject):
+                    self._measure(key, asked, subject, weight, pictures, begun)
+        except BusyError:  # shards that end together: one measures, the others go on
+            self._say(f"{subject.label}: another process is measuring it")
+
+    def _known(self, key: str, subject: Subject) -> bool:
+        """Whether the result is there already, which is then found."""
+        known = [result for result in results.read_results(self._path) if result["id"] == key]
+        if known:
+            self._say(f"{subject.label}: already in {self._path}")
+            self.found += known[:1]
+        return bool(known)
 
     def _measure(
         self,
         key: str,
+        asked: Mapping[str, Any],
         subject: Subject,
         weight: float | None,
         pictures: Pictures,
@@ -215,7 +234,7 @@ class _Evaluation:
             BOOTSTRAP_SEED,
         )
         reference = None
-        if set(names) - {"adherence", "tv"}:
+        if _need_references(names):
             references = self._open_references()
             reference = {"hash": references.hash, "count": references.count}
             with self._progress(f"{subject.label}: features", pictures.count) as tick:
@@ -242,7 +261,7 @@ class _Evaluation:
             "protocol": {"name": request.protocol_name, **dataclasses.asdict(request.protocol)},
             "feature": self._feature.describe(),
             "references": reference,
-            "detectors": list(self._specs),
+            "detectors": asked["detectors"],
             "interval": INTERVAL,
             "metrics": found,
             "adherence": followed,
@@ -253,7 +272,7 @@ class _Evaluation:
         }
         result = results.plain(result)
         results.append(self._path, result)
-        results.write_tensorboard(request.out, result, len(self.found), self._say)
+        results.write_tensorboard(request.out, result, asked, self._say)
         self.found.append(result)
 
     def _open_references(self) -> References:

@@ -80,7 +80,7 @@ class Model:
             "settings": dataclasses.asdict(chosen),
             "seed": seed,
             "captions": data.describe(),
-            "data": data.fingerprint(),
+            "data": data.held_out_fingerprint(),
             "per_caption": per_caption,
             "per_latent": per_latent,
             "batch_size": batch_size,
@@ -124,7 +124,7 @@ class Truth:
             "latents": list(latents),
             "seed": seed,
             "captions": data.describe(),
-            "data": data.fingerprint(),
+            "data": data.held_out_fingerprint(),
         }
 
     def draw(self, numbers: Sequence[int]) -> Drawn:

@@ -13,11 +13,11 @@ Result = Mapping[str, Any]
 
 
 def open_results(paths: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
-    """All results of the files; UserError where there is none."""
-    results = [result for path in paths for result in read_results(path)]
+    """All results of the files, none twice; UserError where there is none."""
+    results = {r["id"]: r for path in paths for r in read_results(path)}
     if not results:
         raise UserError(f"{', '.join(map(str, paths))}: no results of `kaleido evaluate`")
-    return results
+    return list(results.values())
 
 
 def model_name(result: Result) -> str:
@@ -29,6 +29,31 @@ def entry_of(result: Result, metric: str) -> dict[str, Any] | None:
     """The entry of a key of the result's metrics or adherence, None without a value."""
     entry = {**result["metrics"], **result["adherence"]}.get(metric)
     return None if entry is None or entry["value"] is None else entry
+
+
+def seeds_once(results: Sequence[Result], metric: str) -> list[tuple[Result, dict[str, Any]]]:
+    """Results that have a metric, with its entry, each seed once.
+
+    Pictures measured twice, for other metrics besides, have the same value.
+
+    Raises:
+      UserError: two values of one seed.
+    """
+    found: dict[int, tuple[Result, dict[str, Any]]] = {}
+    for result in results:
+        entry = entry_of(result, metric)
+        if entry is None:
+            continue
+        _, known = found.setdefault(result["seed"], (result, entry))
+        if known["value"] != entry["value"]:
+            weight = result["guidance_weight"]
+            raise UserError(
+                f"{model_name(result)!r} has two values of {metric} for seed {result['seed']}"
+                + ("" if weight is None else f" and guidance {weight:g}")
+                + f": {known['value']:g} and {entry['value']:g}; what differs between them is not"
+                " shown here: put the results into files of their own"
+            )
+    return list(found.values())
 
 
 def bounds(entries: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -45,6 +70,22 @@ def check_metrics(results: Sequence[Result], metrics: Sequence[str]) -> None:
     for metric in metrics:
         if not any(entry_of(result, metric) for result in results):
             raise UserError(f"no result has the metric {metric!r}; there are {', '.join(known)}")
+
+
+def check_detectors(results: Sequence[Result], metrics: Sequence[str]) -> None:
+    """Raises UserError where two results have one measure of adherence from other detectors."""
+    for metric in metrics:
+        vokens = metric == "voken"
+        judged = [r for r in results if metric in r["adherence"]]
+        check_same(
+            judged,
+            f"detectors for {metric}",
+            lambda r, vokens=vokens: [
+                d
+                for d in r.get("detectors", [])
+                if isinstance(d, Mapping) and (d["judges"] == "vokens") == vokens
+            ],
+        )
 
 
 def check_same(results: Sequence[Result], what: str, value: Callable[[Result], Any]) -> None:

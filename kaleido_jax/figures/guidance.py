@@ -17,11 +17,13 @@ from matplotlib.figure import Figure
 from kaleido_jax.errors import UserError
 from kaleido_jax.figures.comparing import (
     bounds,
+    check_detectors,
     check_metrics,
     check_same,
     entry_of,
     model_name,
     open_results,
+    seeds_once,
 )
 from kaleido_jax.figures.style import BASELINE, COLOURS, FAINT, GREY, INK, KALEIDO
 
@@ -58,14 +60,15 @@ def rows(
             )
     _check_alike(results)
     check_metrics(results, metrics)
+    check_detectors(results, metrics)
+    _check_names(results)
     found: dict[tuple, list[dict[str, Any]]] = {}
     for result in results:
         for metric in metrics:
-            entry = entry_of(result, metric)
-            if entry is not None:
+            if entry_of(result, metric) is not None:
                 key = metric, model_name(result), result["guidance_weight"], result.get("step")
-                found.setdefault(key, []).append(entry | {"result": result})
-    return [_row(*key, entries) for key, entries in sorted(found.items(), key=_order)]
+                found.setdefault(key, []).append(result)
+    return [_row(*key, own) for key, own in sorted(found.items(), key=_order)]
 
 
 def _order(item: tuple) -> tuple:
@@ -74,9 +77,10 @@ def _order(item: tuple) -> tuple:
 
 
 def _row(
-    metric: str, name: str, weight: float | None, step: int | None, entries: list[dict]
+    metric: str, name: str, weight: float | None, step: int | None, results: list[dict]
 ) -> dict[str, Any]:
-    result = entries[0]["result"]
+    pairs = seeds_once(results, metric)
+    result, entries = results[0], [entry for _, entry in pairs]
     return {
         "model": name,
         "metric": metric,
@@ -84,7 +88,7 @@ def _row(
         "step": step,
         "value": float(np.mean([entry["value"] for entry in entries])),
         **bounds(entries),
-        "seeds": " ".join(str(entry["result"]["seed"]) for entry in entries),
+        "seeds": " ".join(str(own["seed"]) for own, _ in pairs),
         "samples": entries[0]["samples"],
         "feature": result["feature"]["name"],
         "references": (result["references"] or {}).get("hash", ""),
@@ -106,6 +110,19 @@ def _check_alike(results: Sequence[Mapping[str, Any]]) -> None:
     check_same(results, "data", lambda r: r.get("captions"))
     check_same(results, "intervals", lambda r: r.get("interval"))
     check_same([r for r in results if r["subject"] == "model"], "settings", settings)
+
+
+def _check_names(results: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError where results of one name and step are of several checkpoints."""
+    checkpoints: dict[tuple, str | None] = {}
+    for result in results:
+        line = model_name(result), result.get("step")
+        known = checkpoints.setdefault(line, result.get("checkpoint_hash"))
+        if known != result.get("checkpoint_hash"):
+            raise UserError(
+                f"the results named {line[0]!r} are of several checkpoints ({known} and "
+                f"{result['checkpoint_hash']}); evaluate them with other names (--name)"
+            )
 
 
 def draw(table: Sequence[Mapping[str, Any]], along: str = "guidance") -> Figure:

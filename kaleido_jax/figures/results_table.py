@@ -10,11 +10,12 @@ import numpy as np
 
 from kaleido_jax.figures.comparing import (
     bounds,
+    check_detectors,
     check_metrics,
     check_same,
-    entry_of,
     model_name,
     open_results,
+    seeds_once,
 )
 from kaleido_jax.figures.guidance import METRICS
 
@@ -34,6 +35,7 @@ def rows(paths: Sequence[pathlib.Path], metrics: Sequence[str] = METRICS) -> lis
     check_same(results, "features", lambda r: r.get("feature"))
     check_same(results, "references", lambda r: r.get("references"))
     check_metrics(results, metrics)
+    check_detectors(results, metrics)
     described = [_described(result) for result in results]
     varied = _varied(results, described)
     groups: dict[tuple, list[int]] = {}
@@ -85,11 +87,11 @@ def _row(
     row = {
         "model": model_name(results[0]),
         **{key: settings.get(key) for key in varied},
-        "seeds": " ".join(str(result["seed"]) for result in results),
+        "seeds": " ".join(dict.fromkeys(str(result["seed"]) for result in results)),
         "samples": results[0]["samples"],
     }
     for metric in metrics:
-        entries = [e for e in (entry_of(r, metric) for r in results) if e is not None]
+        entries = [entry for _, entry in seeds_once(results, metric)]
         row[metric] = float(np.mean([e["value"] for e in entries])) if entries else None
         row |= {f"{metric}_{end}": value for end, value in bounds(entries).items()}
     return row

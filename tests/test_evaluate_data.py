@@ -1,0 +1,225 @@
+"""Records as captions, references and true pictures of an evaluation; what is refused at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import threading
+
+import pytest
+
+from kaleido_jax import cli, config
+from kaleido_jax.demo.shapes import shipped
+from kaleido_jax.errors import UserError
+from kaleido_jax.evaluate import adherence, measure, run
+from kaleido_jax.evaluate.data import Data
+from kaleido_jax.evaluate.features import make_feature
+from kaleido_jax.evaluate.pictures import Pictures
+from kaleido_jax.evaluate.protocols import PROTOCOLS
+from kaleido_jax.evaluate.references import open_references
+from kaleido_jax.evaluate.subjects import Truth
+from kaleido_jax.locks import sole_writer
+from kaleido_jax.models.voken_tokenizer import PatchTokenizer
+from tests import builds
+
+
+def records(folder: pathlib.Path, latents=(), held_out=None, **source) -> Data:
+    settings = config.load_config("cifar10", [f"data.source.path={folder}"])
+    settings.data.source.update(source)
+    return Data(settings, latents, held_out={} if held_out is None else {"path": str(held_out)})
+
+
+def recaption(folder: pathlib.Path, *captions: str) -> None:
+    """One shard whose first records have these captions."""
+    held = {}
+    for number in range(12):
+        members = builds.members(number)
+        if number < len(captions):
+            members[f"k{number:03d}.txt"] = captions[number].encode()
+        held |= members
+    folder.mkdir(parents=True, exist_ok=True)
+    builds.write_shard(folder / "00000.tar", held)
+
+
+def test_true_pictures_are_apart_from_all_references(tmp_path):
+    builds.write_shards(tmp_path / "train")
+    builds.write_shards(tmp_path / "other", 1, 3)
+    data = records(tmp_path / "train")
+    with pytest.raises(UserError, match="8 references and 1 true pictures are more than the 8"):
+        data.check_apart(0, 1)
+    data.check_apart(5, 3)
+    apart = records(tmp_path / "train", held_out=tmp_path / "other")
+    apart.check_apart(0, 3)
+    assert len(list(apart.references(range(8)))) == 8
+    assert {apart.held_out(i)["key"] for i in range(6)} == {f"00000/k00{i}" for i in range(3)}
+    assert apart.describe()["captions"] != data.describe()["captions"]
+    assert apart.fingerprint() == data.fingerprint()
+    with pytest.raises(UserError, match="--held-out name=toy: must be the training's"):
+        Data(config.load_config("shapes"), held_out={"name": "toy"})
+
+
+def test_captions_that_no_prompt_may_be_have_stand_ins(tmp_path):
+    recaption(tmp_path, "two\nlines", "", "x" * 2001, "bell \x07")
+    data = records(tmp_path)
+    captions = {data.held_out(i)["caption"] for i in range(12)}
+    assert "two lines" in captions and len(captions) == 9
+    recaption(tmp_path / "none", *[""] * 12)
+    with pytest.raises(UserError, match=r"unusable records; the last: .*k0.*the prompt is empty"):
+        records(tmp_path / "none").held_out(0)
+
+
+def test_other_captions_and_latents_are_other_data(tmp_path):
+    codes = PatchTokenizer.default()
+    codes.save(tmp_path / "vokens.npz")
+    found = []
+    for folder, captions in (("a", ["one"]), ("b", ["one"]), ("c", ["other"])):
+        recaption(tmp_path / "data", *captions)
+        data = records(tmp_path / "data")
+        assert folder != "c" or data.fingerprint() == found[0][0]
+        found.append((data.fingerprint(), data.held_out_fingerprint()))
+    assert found[0] == found[1] and found[0][1] != found[2][1]
+    path = str(tmp_path / "vokens.npz")
+    before = records(tmp_path / "data", ("voken",), vokens=path).held_out_fingerprint()
+    judge = adherence.make_detector(f"patch:{path}").identity
+    PatchTokenizer(codes.mean, codes.basis, codes.centres[::-1]).save(tmp_path / "vokens.npz")
+    after = records(tmp_path / "data", ("voken",), vokens=path).held_out_fingerprint()
+    assert before != after and judge != adherence.make_detector(f"patch:{path}").identity
+
+
+def test_references_go_on_where_they_were_stopped(tmp_path, monkeypatch):
+    data = Data(config.load_config("shapes"))
+    feature = make_feature("pixels")
+    monkeypatch.setattr("kaleido_jax.evaluate.references._PART", 10)
+    whole = open_references(tmp_path / "whole", data, feature, 35)
+
+    calls = []
+
+    def compute(images):
+        calls.append(len(images))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return feature.compute(images)
+
+    broken = dataclasses.replace(feature, compute=compute)
+    with pytest.raises(KeyboardInterrupt):
+        open_references(tmp_path / "stopped", data, broken, 35)
+    (partial,) = (tmp_path / "stopped").glob(".*.partial")
+    (partial / ".000002.npy.77.tmp").write_bytes(b"half")
+    again = open_references(tmp_path / "stopped", data, broken, 35)
+    assert calls == [10, 10, 10, 10, 5]  # the first two were kept
+    assert again.hash == whole.hash and again.count == 35
+    assert not list((tmp_path / "stopped").glob(".*.partial"))
+
+
+def test_a_part_damaged_anywhere_is_made_again(tmp_path):
+    pictures = Pictures(tmp_path, Truth(Data(config.load_config("shapes")), (), 0), 10, 10)
+    pictures.make(0)
+    path = tmp_path / "part_000000.npz"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), 37):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        assert pictures.missing() in ([0], [])  # damage of the header's dates is none
+    path.write_bytes(whole)
+    assert pictures.missing() == []
+
+
+def request(tmp_path: pathlib.Path, **more) -> run.Request:
+    quick = dataclasses.replace(PROTOCOLS["quick"], samples=8, references=20, bootstrap=2)
+    small = {"settings": {"num_steps": 1}, "metrics": ("fid",), "batch_size": 8}
+    return run.Request(shipped("baseline"), tmp_path, "b", quick, "quick", **(small | more))
+
+
+def test_shards_that_end_together_lose_nothing(tmp_path, monkeypatch):
+    """One measures; the other goes on with the next subject, and nothing is measured twice."""
+    said: list[str] = []
+    measured: list[str] = []
+    original = run._Evaluation._measure
+
+    def slow(self, key, asked, subject, *rest):
+        folder = tmp_path / "pictures" / run.results.identify(subject.identity) / "measuring"
+        measured.append(subject.label)
+        if len(measured) == 1:
+            other = threading.Thread(target=lambda: run.run(request(tmp_path), said.append))
+            other.start()
+            other.join()
+            assert (folder / ".lock").exists()
+        original(self, key, asked, subject, *rest)
+
+    monkeypatch.setattr(run._Evaluation, "_measure", slow)
+    found = run.run(request(tmp_path), lambda line: None)
+    assert len(found) == len(measured) == 1
+    assert said[-1].endswith("another process is measuring it")
+    # Killed after its pictures were there, and measured meanwhile by another process.
+    lines = (tmp_path / "results.jsonl").read_text()
+    known, seen = run._Evaluation._known, []
+
+    def late(self, key, subject):
+        seen.append(key)
+        return known(self, key, subject) if len(seen) > 1 else False
+
+    monkeypatch.setattr(run._Evaluation, "_known", late)
+    assert run.run(request(tmp_path), said.append) == found
+    assert len(measured) == 1 and (tmp_path / "results.jsonl").read_text() == lines
+
+
+def test_true_pictures_do_not_depend_on_the_batch(tmp_path):
+    for size in (8, 5):
+        (result,) = run.run(
+            request(tmp_path, batch_size=size, model=False, ceiling=True), lambda line: None
+        )
+    assert len(list((tmp_path / "pictures").iterdir())) == 1
+    # As its own name says: TensorBoard shows what is alike as one run, over the training step.
+    assert [p.name.rsplit("-", 1)[0] for p in (tmp_path / "tensorboard").iterdir()] == ["truth"]
+    assert result["metrics"]["fid"]["samples"] == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--samples 5", "--samples 5: precision, recall, density, coverage need at least 6"),
+        ("--references 5", "--references 5: precision, recall"),
+        ("--neighbours 3", "--neighbours 3: precision, recall"),
+        ("--samples 1 --metrics fid", "--samples 1: fid needs at least 2"),
+        ("--detector shapes --detector shapes", "both judge objects"),
+        ("--held-out sise=3", "did you mean 'size'"),
+    ],
+)
+def test_what_cannot_work_is_told_before_sampling(tmp_path, capsys, words, line):
+    command = f"evaluate --checkpoint {shipped('baseline')} --out {tmp_path}"
+    assert cli.main([*command.split(), *words.split()]) == 2
+    assert line in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_fewer_references_leave_the_protocols_neighbours(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "run", lambda request, say: asked.append(request) or [])
+    command = f"evaluate --checkpoint {shipped('baseline')} --out {tmp_path} --protocol"
+    for words in ("adm", "adm --references 50000", "adm --references 500", "paper"):
+        assert cli.main([*command.split(), *words.split()]) == 0
+    sizes = [(r.protocol.references, r.protocol.neighbours, r.protocol_name) for r in asked]
+    assert sizes == [
+        (0, 10_000, "adm"),
+        (50_000, 10_000, "adm, changed"),
+        (500, 500, "adm, changed"),
+        (0, 0, "paper"),
+    ]
+
+
+def test_a_lock_is_another_error_than_a_full_disk(tmp_path):
+    from kaleido_jax.locks import BusyError
+
+    with sole_writer(tmp_path, "x"), pytest.raises(BusyError, match="another `x` is writing"):
+        with sole_writer(tmp_path, "x"):
+            pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as caught, sole_writer(tmp_path / "file", "x"):
+        pass
+    assert not isinstance(caught.value, BusyError)
+
+
+def test_sizes_of_zero_are_all():
+    everything = PROTOCOLS["paper"]
+    measure.check_sizes(("fid", "recall"), everything, 6)
+    with pytest.raises(UserError, match="--references 5: recall need"):
+        measure.check_sizes(("recall",), everything, 5)
