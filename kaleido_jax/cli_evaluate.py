@@ -144,6 +144,8 @@ def add_evaluate(verbs: argparse._SubParsersAction, name: str) -> argparse.Argum
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluates and prints a line for each result."""
     arguments.need_folder(args.checkpoint, "--checkpoint")
+    if args.name in ("truth", "theory"):
+        raise UserError(f"--name {args.name}: that is what figures call pictures of no model")
     if args.ideal_only and not (args.ceiling or args.theory):
         raise UserError("evaluate: --ideal-only needs --ceiling, --theory or both")
     import jax

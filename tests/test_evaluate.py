@@ -202,7 +202,7 @@ def test_references_are_computed_once_and_checked(tmp_path, monkeypatch):
     shapes_data, feature = data(latents=()), make_feature("pixels")
     first = open_references(tmp_path, shapes_data, feature, 30)
     with monkeypatch.context() as patch:
-        patch.setattr(Data, "references", lambda self, count: pytest.fail("read again"))
+        patch.setattr(Data, "reference", lambda self, number: pytest.fail("read again"))
         again = open_references(tmp_path, shapes_data, feature, 30)
     assert again.hash == first.hash
     assert open_references(tmp_path, shapes_data, feature, 31).hash != first.hash
@@ -216,7 +216,7 @@ def test_references_are_computed_once_and_checked(tmp_path, monkeypatch):
 
 def test_held_out_pictures_are_no_training_pictures():
     shapes_data = data(latents=())
-    training = {image.tobytes() for image in shapes_data.references(range(50))}
+    training = {shapes_data.reference(i).tobytes() for i in range(50)}
     held_out = {shapes_data.held_out(i)["image"].tobytes() for i in range(50)}
     assert len(held_out) == 50 and not training & held_out
 

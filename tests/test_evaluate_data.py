@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from kaleido_jax import cli, config
+from kaleido_jax.data import RecordError
 from kaleido_jax.demo.shapes import shipped
 from kaleido_jax.errors import UserError
 from kaleido_jax.evaluate import adherence, measure, run
@@ -50,7 +51,16 @@ def test_true_pictures_are_apart_from_all_references(tmp_path):
     data.check_apart(5, 3)
     apart = records(tmp_path / "train", held_out=tmp_path / "other")
     apart.check_apart(0, 3)
-    assert len(list(apart.references(range(8)))) == 8
+    assert len({apart.reference(i).tobytes() for i in range(8)}) == 8
+    with pytest.raises(UserError, match="--samples 4: --held-out has 3 true pictures"):
+        apart.check_apart(0, 4)
+    feature = make_feature("pixels")
+    hashes = {open_references(tmp_path / "r", d, feature, 8).hash for d in (data, apart)}
+    assert len(hashes) == 1 and len(list((tmp_path / "r").glob("[!.]*"))) == 1
+    # The same records by another name are not apart.
+    again = records(tmp_path / "train", held_out=f"{tmp_path}/other/../train")
+    with pytest.raises(UserError, match="8 references and 1 true"):
+        again.check_apart(0, 1)
     assert {apart.held_out(i)["key"] for i in range(6)} == {f"00000/k00{i}" for i in range(3)}
     assert apart.describe()["captions"] != data.describe()["captions"]
     assert apart.fingerprint() == data.fingerprint()
@@ -63,7 +73,10 @@ def test_captions_that_no_prompt_may_be_have_stand_ins(tmp_path):
     data = records(tmp_path)
     captions = {data.held_out(i)["caption"] for i in range(12)}
     assert "two lines" in captions and len(captions) == 9
+    assert len({data.held_out(i, ask=False)["key"] for i in range(12)}) == 12
     recaption(tmp_path / "none", *[""] * 12)
+    none = Truth(records(tmp_path / "none"), (), 0).draw(range(2))[1]
+    assert [document.caption for document in none] == ["", ""]
     with pytest.raises(UserError, match=r"unusable records; the last: .*k0.*the prompt is empty"):
         records(tmp_path / "none").held_out(0)
 
@@ -111,14 +124,39 @@ def test_references_go_on_where_they_were_stopped(tmp_path, monkeypatch):
     assert not list((tmp_path / "stopped").glob(".*.partial"))
 
 
+def test_bad_references_are_counted_over_all(tmp_path, monkeypatch):
+    """Two of a part of ten are borne where they are two of a hundred, and told beyond that."""
+    monkeypatch.setattr("kaleido_jax.evaluate.references._PART", 10)
+    bad = {3, 5}
+    good = Data.reference
+
+    def reference(self, number):
+        if number in bad:
+            raise RecordError(f"record {number}", "broken")
+        return good(self, number)
+
+    monkeypatch.setattr(Data, "reference", reference)
+    data, feature = Data(config.load_config("shapes")), make_feature("pixels")
+    assert open_references(tmp_path, data, feature, 100).count == 98
+    bad.add(77)
+    with pytest.raises(UserError, match="3 of 149 records cannot be read; the last: record 77"):
+        open_references(tmp_path, data, feature, 149)
+    bad.add(1)
+    with pytest.raises(UserError, match="1 references can be read"):
+        open_references(tmp_path, data, feature, 2)
+
+
 def test_a_part_damaged_anywhere_is_made_again(tmp_path):
     pictures = Pictures(tmp_path, Truth(Data(config.load_config("shapes")), (), 0), 10, 10)
     pictures.make(0)
+    images, documents = pictures.load(0)
     path = tmp_path / "part_000000.npz"
     whole = path.read_bytes()
     for place in range(0, len(whole), 37):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
-        assert pictures.missing() in ([0], [])  # damage of the header's dates is none
+        if not pictures.missing():  # dates and the like
+            assert (pictures.load(0)[0] == images).all()
+            assert pictures.load(0)[1] == documents
     path.write_bytes(whole)
     assert pictures.missing() == []
 
@@ -136,7 +174,7 @@ def test_shards_that_end_together_lose_nothing(tmp_path, monkeypatch):
     original = run._Evaluation._measure
 
     def slow(self, key, asked, subject, *rest):
-        folder = tmp_path / "pictures" / run.results.identify(subject.identity) / "measuring"
+        folder = tmp_path / "pictures" / run.results.identify(subject.identity) / "measuring" / key
         measured.append(subject.label)
         if len(measured) == 1:
             other = threading.Thread(target=lambda: run.run(request(tmp_path), said.append))
@@ -163,14 +201,14 @@ def test_shards_that_end_together_lose_nothing(tmp_path, monkeypatch):
 
 
 def test_true_pictures_do_not_depend_on_the_batch(tmp_path):
-    for size in (8, 5):
-        (result,) = run.run(
-            request(tmp_path, batch_size=size, model=False, ceiling=True), lambda line: None
-        )
+    for size, metric in ((8, "fid"), (128, "vendi")):
+        asked = request(tmp_path, batch_size=size, metrics=(metric,), model=False, ceiling=True)
+        (result,) = run.run(asked, lambda line: None)
     assert len(list((tmp_path / "pictures").iterdir())) == 1
-    # As its own name says: TensorBoard shows what is alike as one run, over the training step.
-    assert [p.name.rsplit("-", 1)[0] for p in (tmp_path / "tensorboard").iterdir()] == ["truth"]
-    assert result["metrics"]["fid"]["samples"] == 8
+    # TensorBoard shows what was asked alike as one run.
+    runs = [p.name.rsplit("-", 1)[0] for p in (tmp_path / "tensorboard").iterdir()]
+    assert runs == ["truth", "truth"]
+    assert result["metrics"]["vendi"]["samples"] == 8 and result["references"] is None
 
 
 @pytest.mark.parametrize(
@@ -180,6 +218,7 @@ def test_true_pictures_do_not_depend_on_the_batch(tmp_path):
         ("--references 5", "--references 5: precision, recall"),
         ("--neighbours 3", "--neighbours 3: precision, recall"),
         ("--samples 1 --metrics fid", "--samples 1: fid needs at least 2"),
+        ("--name truth", "--name truth: that is what figures call"),
         ("--detector shapes --detector shapes", "both judge objects"),
         ("--held-out sise=3", "did you mean 'size'"),
     ],

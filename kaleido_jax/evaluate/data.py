@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,10 @@ class Data:
                 "changes both"
             )
         self._own = own if own != settings else None
+        # Other latents or another spelling of the path are the same records still.
+        self._apart = self._own is not None and _other_records(
+            self._training, make_source(own, size)
+        )
         if self.name == "shapes":
             own = own | {"seed": own.get("seed", 0) + HELD_OUT}
         self.held_out_source = make_source(own, size, tuple(latents))
@@ -74,9 +78,13 @@ class Data:
         return len(self._training)
 
     def check_apart(self, references: int, samples: int) -> None:
-        """Raises UserError where true pictures would be among the references (0: all)."""
-        references = references or len(self)
-        if self.name != "shapes" and self._own is None and references + samples > len(self):
+        """Raises UserError where true pictures repeat or are among the references (0: all)."""
+        references, own = references or len(self), len(self.held_out_source)
+        if self.name == "shapes":
+            return
+        if self._apart and samples > own:
+            raise UserError(f"--samples {samples}: --held-out has {own} true pictures")
+        if not self._apart and references + samples > len(self):
             raise UserError(
                 f"{references} references and {samples} true pictures are more than the"
                 f" {len(self)} of the data; give fewer (--references, --samples), or other data"
@@ -91,11 +99,12 @@ class Data:
             found |= {"captions": "a source of their own", "held_out": self._own}
         return found
 
-    def held_out(self, number: int) -> dict[str, Any]:
+    def held_out(self, number: int, ask: bool = True) -> dict[str, Any]:
         """Held-out example `number` with its latents; records repeat after the last.
 
-        Its caption is one line. Another record stands in for one that cannot be read, or whose
-        caption no prompt may be (empty, too long, control characters).
+        Its caption is one line. A record of a lower number (or of the first few) stands in for one
+        that cannot be read, or, if one is to `ask` for its caption, whose caption no prompt may be
+        (empty, too long, control characters).
 
         Raises:
           UserError: many unusable records in a row.
@@ -103,33 +112,22 @@ class Data:
         source = self.held_out_source
         last: RecordError | None = None
         for attempt in range(_TRIES):
-            place = number + attempt * 7919  # a prime: stand-ins do not follow one another
+            place = number
+            if attempt:
+                place = np.random.default_rng([number, attempt]).integers(max(number, _TRIES))
             try:
                 if self.name == "shapes":
-                    return source[place % len(source)]
+                    return source[int(place) % len(source)]
                 last_first = len(source) - 1 - place % len(source)
-                return _asked(source[_order(last_first, len(source))])
+                return _one_line(source[_order(last_first, len(source))], ask)
             except RecordError as error:
                 last = error
         raise UserError(f"{_TRIES} unusable records; the last: {last.where}: {last}")
 
-    def references(self, numbers: range) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-        """Training pictures by their number in the order, fewer where some cannot be read.
-
-        Raises:
-          UserError: more than MAX_BAD_FRACTION of them cannot.
-        """
-        bad, count = 0, len(numbers)
-        for number in numbers:
-            place = number if self.name == "shapes" else _order(number, len(self))
-            try:
-                yield self._training[place]["image"]
-            except RecordError as error:
-                bad += 1
-                if bad > max(1, MAX_BAD_FRACTION * count):
-                    raise UserError(
-                        f"{bad} of {count} records cannot be read; the last: {error.where}: {error}"
-                    ) from error
+    def reference(self, number: int) -> UInt8[np.ndarray, "h w 3"]:
+        """A training picture by its number in the order; raises RecordError for a bad record."""
+        place = number if self.name == "shapes" else _order(number, len(self))
+        return self._training[place]["image"]
 
     def fingerprint(self) -> str:
         """A hash of the settings and of some training pictures: other data have another one."""
@@ -159,14 +157,22 @@ def _probe(digest: hashlib._Hash, source: Source, fields: Sequence[str]) -> None
             digest.update(json.dumps(example[name], sort_keys=True).encode())
 
 
+def _other_records(one: Source, other: Source) -> bool:
+    digests = [hashlib.sha256(str(len(source)).encode()) for source in (one, other)]
+    for digest, source in zip(digests, (one, other), strict=True):
+        _probe(digest, source, ())
+    return digests[0].digest() != digests[1].digest()
+
+
 def _order(place: int, size: int) -> int:
     return int(permute(np.array([place]), size, "evaluate", 0)[0])
 
 
-def _asked(example: dict[str, Any]) -> dict[str, Any]:
-    """An example whose caption can be asked for; raises RecordError for one that cannot."""
+def _one_line(example: dict[str, Any], ask: bool) -> dict[str, Any]:
+    """An example with its caption as a line; raises RecordError where one may not `ask` for it."""
+    caption = " ".join(example["caption"].split())
     try:
-        return example | {"caption": clean_prompt(" ".join(example["caption"].split()), "caption")}
+        return example | {"caption": clean_prompt(caption, "caption") if ask else caption}
     except UserError as error:
         raise RecordError(example["key"], str(error)) from error
 

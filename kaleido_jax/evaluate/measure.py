@@ -56,7 +56,7 @@ def choose(names: Sequence[str] | None, feature: Feature, data: str) -> tuple[st
 
 
 def check_sizes(names: Sequence[str], protocol: Protocol, available: int) -> None:
-    """Raises UserError for fewer pictures or references than the metrics need.
+    """Raises UserError for fewer pictures or references than metrics with references need.
 
     Args:
       available: training pictures, all of which a size of 0 stands for.
@@ -80,13 +80,13 @@ def by_features(
     features: Rows,
     logits: Rows,
     groups: Groups,
-    references: References,
+    references: References | None,
     protocol: Protocol,
     each: int,
     seed: int,
     say: Say,
 ) -> Entries:
-    """Entries of the metrics that compare features.
+    """Entries of the metrics of features; `references` are for `fid` and NEIGHBOURS.
 
     `seed` is of the intervals, which draw runs of `each` pictures, those of one caption.
     """

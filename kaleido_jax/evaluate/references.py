@@ -17,10 +17,12 @@ import pathlib
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import UInt8
 
 from kaleido_jax import checkpoint
+from kaleido_jax.data import RecordError
 from kaleido_jax.errors import UserError
-from kaleido_jax.evaluate.data import Data
+from kaleido_jax.evaluate.data import MAX_BAD_FRACTION, Data
 from kaleido_jax.evaluate.features import Feature
 from kaleido_jax.evaluate.pictures import write_array
 from kaleido_jax.metrics import frechet
@@ -62,7 +64,7 @@ def open_references(
     count = checked_count(count, data)
     what = {
         "version": 1,
-        "data": data.describe(),
+        "data": {name: data.describe()[name] for name in ("source", "size")},
         "fingerprint": data.fingerprint(),
         "feature": feature.describe(),
         "count": count,
@@ -87,6 +89,26 @@ def checked_count(count: int, data: Data) -> int:
     return count or len(data)
 
 
+def _read(
+    data: Data, numbers: range
+) -> tuple[list[UInt8[np.ndarray, "h w 3"]], RecordError | None]:
+    """The references that can be read, and the last error."""
+    images, last = [], None
+    for number in numbers:
+        try:
+            images.append(data.reference(number))
+        except RecordError as error:
+            last = error
+    return images, last
+
+
+def _check_bad(bad: int, count: int, last: RecordError | None) -> None:
+    if last is not None and bad > max(1, MAX_BAD_FRACTION * count):
+        raise UserError(
+            f"{bad} of {count} records cannot be read; the last: {last.where}: {last}"
+        ) from last
+
+
 def _make(
     place: pathlib.Path, what: dict, data: Data, feature: Feature, count: int, tick: Tick
 ) -> None:
@@ -99,14 +121,22 @@ def _make(
                 return
             for left in partial.glob(".*.tmp"):  # of a killed write
                 left.unlink()
+            bad = 0
             for first in range(0, count, _PART):
                 path = partial / f"{first // _PART:06d}.npy"
                 numbers = range(first, min(first + _PART, count))
                 if not path.exists():
-                    images = list(data.references(numbers))
-                    if images:  # the last part may be one record that cannot be read
-                        write_array(path, feature.compute(np.stack(images))[0])
+                    images, error = _read(data, numbers)
+                    bad += len(numbers) - len(images)
+                    _check_bad(bad, count, error)
+                    if not images:  # the last part may be one record that cannot be read
+                        continue
+                    write_array(path, feature.compute(np.stack(images))[0])
+                else:
+                    bad += len(numbers) - len(np.load(path, mmap_mode="r", allow_pickle=False))
                 tick(len(numbers))
+            if count - bad < 2:
+                raise UserError(f"{count - bad} references can be read; at least 2 are needed")
             moments = frechet.moments(Rows(sorted(partial.glob("*.npy"))))
             np.savez(partial / "statistics.npz", **dataclasses.asdict(moments))
             manifest = what | {"files": checkpoint.hash_files(partial)}

@@ -84,7 +84,8 @@ def run(request: Request, say: Say = print) -> list[dict[str, Any]]:
     """Evaluates; results are appended to OUT/results.jsonl and returned.
 
     Run again after a kill it goes on where it stopped, with the same figures. With several shards
-    the process that ends last measures; the others return nothing.
+    the process that ends last measures; the others return nothing, nor does one that ends while
+    another measures the same.
 
     Raises:
       UserError: anything that cannot be asked for.
@@ -130,7 +131,7 @@ def _subjects(
 
 
 def _need_references(names: Sequence[str]) -> bool:
-    return bool(set(names) - {"adherence", "tv"})
+    return bool({"fid", *measure.NEIGHBOURS} & set(names))
 
 
 def _default_feature(data: Data) -> str:
@@ -199,7 +200,7 @@ class _Evaluation:
             self._say(f"{subject.label}: {len(left)} parts of other shards are not there yet")
             return
         try:
-            with sole_writer(folder / "measuring", "kaleido evaluate"):
+            with sole_writer(folder / "measuring" / key, "kaleido evaluate"):
                 if not self._known(key, subject):
                     self._measure(key, asked, subject, weight, pictures, begun)
         except BusyError:  # shards that end together: one measures, the others go on
@@ -234,9 +235,11 @@ class _Evaluation:
             BOOTSTRAP_SEED,
         )
         reference = None
+        references = None
         if _need_references(names):
             references = self._open_references()
             reference = {"hash": references.hash, "count": references.count}
+        if set(names) - {"adherence", "tv"}:
             with self._progress(f"{subject.label}: features", pictures.count) as tick:
                 features, logits = pictures.features(self._feature, tick)
             found = found | measure.by_features(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -45,13 +46,13 @@ def seeds_once(results: Sequence[Result], metric: str) -> list[tuple[Result, dic
         if entry is None:
             continue
         _, known = found.setdefault(result["seed"], (result, entry))
-        if known["value"] != entry["value"]:
+        if not math.isclose(known["value"], entry["value"], rel_tol=1e-6):
             weight = result["guidance_weight"]
             raise UserError(
                 f"{model_name(result)!r} has two values of {metric} for seed {result['seed']}"
                 + ("" if weight is None else f" and guidance {weight:g}")
-                + f": {known['value']:g} and {entry['value']:g}; what differs between them is not"
-                " shown here: put the results into files of their own"
+                + f": {known['value']:.7g} and {entry['value']:.7g}; what differs between them is"
+                " not shown here: put the results into files of their own"
             )
     return list(found.values())
 
@@ -80,11 +81,14 @@ def check_detectors(results: Sequence[Result], metrics: Sequence[str]) -> None:
         check_same(
             judged,
             f"detectors for {metric}",
-            lambda r, vokens=vokens: [
-                d
-                for d in r.get("detectors", [])
-                if isinstance(d, Mapping) and (d["judges"] == "vokens") == vokens
-            ],
+            lambda r, vokens=vokens: (
+                [
+                    d
+                    for d in r.get("detectors", [])
+                    if isinstance(d, Mapping) and (d["judges"] == "vokens") == vokens
+                ]
+                or None
+            ),  # older results have names alone
         )
 
 

@@ -104,7 +104,7 @@ def _check_alike(results: Sequence[Mapping[str, Any]]) -> None:
         kept |= {name: result.get(name, 1) for name in ("per_caption", "per_latent")}
         return kept | {"true_latents": result.get("true_latents", False)}
 
-    check_same(results, "protocols", lambda r: r["protocol"])
+    check_same(results, "protocols", lambda r: {**r["protocol"], "name": ""})
     check_same(results, "features", lambda r: r["feature"])
     check_same(results, "references", lambda r: r["references"])
     check_same(results, "data", lambda r: r.get("captions"))
@@ -116,12 +116,12 @@ def _check_names(results: Sequence[Mapping[str, Any]]) -> None:
     """Raises UserError where results of one name and step are of several checkpoints."""
     checkpoints: dict[tuple, str | None] = {}
     for result in results:
-        line = model_name(result), result.get("step")
-        known = checkpoints.setdefault(line, result.get("checkpoint_hash"))
-        if known != result.get("checkpoint_hash"):
+        line, own = (model_name(result), result.get("step")), result.get("checkpoint_hash")
+        known = checkpoints.setdefault(line, own)
+        if known != own:
             raise UserError(
-                f"the results named {line[0]!r} are of several checkpoints ({known} and "
-                f"{result['checkpoint_hash']}); evaluate them with other names (--name)"
+                f"the results named {line[0]!r} are of several checkpoints ({known} and {own}); "
+                "evaluate them with other names (--name)"
             )
 
 

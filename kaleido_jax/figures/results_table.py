@@ -56,8 +56,13 @@ def _described(result: Mapping[str, Any]) -> dict[str, Any]:
         settings |= {"true_latents": result.get("true_latents", False)}
         settings |= {"step": result.get("step"), "checkpoint": result.get("checkpoint_hash")}
     sizes = {k: v for k, v in result["protocol"].items() if k not in ("name", "samples")}
-    data = (result.get("captions") or {}).get("source", {})
-    return settings | sizes | {f"data.{name}": value for name, value in data.items()}
+    if result["subject"] == "truth":
+        settings |= {"latents": " ".join(result.get("latents", []))}
+    captions = result.get("captions") or {}
+    found = settings | sizes
+    for part, key in (("data", "source"), ("held_out", "held_out")):
+        found |= {f"{part}.{name}": value for name, value in captions.get(key, {}).items()}
+    return found
 
 
 def _varied(
