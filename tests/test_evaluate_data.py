@@ -205,7 +205,7 @@ def test_true_pictures_do_not_depend_on_the_batch(tmp_path):
         asked = request(tmp_path, batch_size=size, metrics=(metric,), model=False, ceiling=True)
         (result,) = run.run(asked, lambda line: None)
     assert len(list((tmp_path / "pictures").iterdir())) == 1
-    # TensorBoard shows what was asked alike as one run.
+    # TensorBoard shows requests for other metrics as two runs.
     runs = [p.name.rsplit("-", 1)[0] for p in (tmp_path / "tensorboard").iterdir()]
     assert runs == ["truth", "truth"]
     assert result["metrics"]["vendi"]["samples"] == 8 and result["references"] is None
