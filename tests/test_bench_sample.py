@@ -10,9 +10,8 @@ from kaleido_jax import bundle, cli
 from tests.test_generate import _bundle, _config
 
 
-@pytest.mark.parametrize(
-    "latents", [("text",), pytest.param((), marks=pytest.mark.slow)], ids=["kaleido", "baseline"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("latents", [("text",), ()], ids=["kaleido", "baseline"])
 def test_figures_of_a_checkpoint(tmp_path, capsys, latents):
     config = _config(latents)
     config.data.latent_length = 16

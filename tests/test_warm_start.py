@@ -111,6 +111,7 @@ def more_vokens(weights, folder, **changes):
     return cfg
 
 
+@pytest.mark.slow
 def test_more_vokens_leave_the_other_tokens_as_they_were(weights, tmp_path):
     cfg = more_vokens(weights, tmp_path / "run")
     trainer = train.Trainer(cfg, jax.devices())

@@ -177,6 +177,7 @@ def test_bad_config_words_are_refused_before_anything_is_made(tmp_path, capsys, 
     assert message in line and line.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_changed_config_is_shown_field_by_field_and_needs_a_flag(tmp_path, monkeypatch, capsys):
     train(runs.toy("train.num_steps=2"), tmp_path, say=quiet)
     changes = ["optim.learning_rate=0.5", "optim.b1=0.5", "train.cond_drop_rate=0.2"]
