@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import shutil
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -128,7 +129,7 @@ def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     folder = pathlib.Path(folder)
     if folder.exists() or folder.is_symlink():
         raise UserError(f"{folder} already exists; name a new folder")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.mkdir(parents=True)
         yield temporary

@@ -144,8 +144,13 @@ def add_evaluate(verbs: argparse._SubParsersAction, name: str) -> argparse.Argum
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluates and prints a line for each result."""
     arguments.need_folder(args.checkpoint, "--checkpoint")
-    if args.name in ("truth", "theory"):
-        raise UserError(f"--name {args.name}: that is what figures call pictures of no model")
+    name = args.name or _name_of(args.checkpoint.resolve())
+    if name in ("truth", "theory"):
+        raise UserError(
+            f"--name {name}: that is what figures call pictures of no model; give another"
+        )
+    if name.startswith("_"):
+        raise UserError(f"--name {name}: figures leave out names that begin with _; give another")
     if args.ideal_only and not (args.ceiling or args.theory):
         raise UserError("evaluate: --ideal-only needs --ceiling, --theory or both")
     import jax
@@ -165,7 +170,7 @@ def evaluate(args: argparse.Namespace) -> None:
     request = run.Request(
         checkpoint=args.checkpoint,
         out=args.out,
-        name=args.name or _name_of(args.checkpoint.resolve()),
+        name=name,
         protocol=protocol,
         protocol_name=args.protocol + changed,
         guidance=args.guidance,

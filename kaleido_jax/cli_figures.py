@@ -143,6 +143,7 @@ def figures(args: argparse.Namespace) -> None:
             arguments.need_folder(getattr(args, name), f"--{name}")
     from kaleido_jax.figures import guidance, run
 
+    run.check_writable(args.out)
     if args.kind == "table":
         metrics = args.metrics or guidance.METRICS
         text, paths = run.write_table(args.out, args.results, metrics)

@@ -9,6 +9,7 @@ import pathlib
 import re
 import shutil
 import sys
+import uuid
 from typing import TYPE_CHECKING
 
 from kaleido_jax import cli_arguments as arguments
@@ -161,7 +162,7 @@ def draw(args: argparse.Namespace, vocabulary: Vocabulary) -> None:
     )
     lines = []
     out = args.out.resolve()
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    beside = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     try:
         beside.mkdir(parents=True)
         for number, example in enumerate(examples):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.traverse_util as traverse
 import jax
 import jax.numpy as jnp
 import optax
@@ -79,10 +78,3 @@ def update_ema(
 def count_parameters(params: Any) -> int:
     """Number of scalars in a tree of arrays or shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def parameter_table(params: Params) -> str:
-    """One line per parameter with its shape, and the total; for logs and golden files."""
-    flat = traverse.flatten_dict(params, sep="/")
-    lines = [f"{name} {tuple(leaf.shape)}" for name, leaf in sorted(flat.items())]
-    return "\n".join([*lines, f"total {count_parameters(params):,}"])

@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import shutil
+import uuid
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -119,7 +120,7 @@ def write_outputs(
       UserError: the folder already holds something or cannot be written.
     """
     folder = check_folder(folder)
-    temporary = folder.absolute().with_name(f".{folder.absolute().name}.{os.getpid()}.tmp")
+    temporary = folder.absolute().with_name(f".{folder.absolute().name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.mkdir(parents=True)
         for name, sheet in (sheets or {}).items():
@@ -147,9 +148,12 @@ def write_picture(
         return
     if document.latents:
         (folder / "panels").mkdir(exist_ok=True)
-        beside = folder / "panels" / f".{name}.{os.getpid()}.tmp"
-        Image.fromarray(panel(image, document.latents)).save(beside, format="PNG")
-        os.replace(beside, folder / "panels" / f"{name}.png")
+        beside = folder / "panels" / f".{name}.{uuid.uuid4().hex}.tmp"
+        try:
+            Image.fromarray(panel(image, document.latents)).save(beside, format="PNG")
+            os.replace(beside, folder / "panels" / f"{name}.png")
+        finally:
+            beside.unlink(missing_ok=True)
     save_png(folder / f"{name}.png", image, document)
 
 

@@ -105,17 +105,9 @@ class Schedule:
         norm = xp.sqrt(alpha**2 + sigma**2)
         return alpha / norm, sigma / norm
 
-    def alpha_bar(self, level: Any) -> Any:
-        """alpha**2 at `level`, the signal's share of the variance."""
-        return self.alpha(level) ** 2
-
     def alpha(self, level: Any) -> Any:
         """Signal amplitude at `level`."""
         return self.alpha_sigma(level)[0]
-
-    def sigma(self, level: Any) -> Any:
-        """Noise standard deviation at `level`."""
-        return self.alpha_sigma(level)[1]
 
     def logsnr(self, level: Any) -> Any:
         """log(alpha**2 / sigma**2) at `level`; infinite at level 0."""

@@ -126,3 +126,9 @@ def test_the_verb_hands_on_what_it_was_told(monkeypatch, tmp_path):
     words = ["demo", "--out", str(tmp_path / "x"), "--quick", "--seed", "5", "--overwrite"]
     assert cli.main(words) == 0
     assert found == {"out": tmp_path / "x", "quick": True, "seed": 5, "overwrite": True}
+
+
+def test_what_a_killed_run_left_is_not_in_the_way(tmp_path):
+    """In a container each run has the same process id."""
+    out = tmp_path / "demo"
+    assert folder.begin(out) != folder.begin(out)

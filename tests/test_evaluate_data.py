@@ -6,14 +6,15 @@ import dataclasses
 import pathlib
 import threading
 
+import numpy as np
 import pytest
 
 from kaleido_jax import cli, config
-from kaleido_jax.data import RecordError
+from kaleido_jax.data import RecordError, task_table
 from kaleido_jax.demo.shapes import shipped
 from kaleido_jax.errors import UserError
 from kaleido_jax.evaluate import adherence, measure, run
-from kaleido_jax.evaluate.data import Data
+from kaleido_jax.evaluate.data import Data, _one_task
 from kaleido_jax.evaluate.features import make_feature
 from kaleido_jax.evaluate.pictures import Pictures
 from kaleido_jax.evaluate.protocols import PROTOCOLS
@@ -141,6 +142,8 @@ def test_bad_references_are_counted_over_all(tmp_path, monkeypatch):
     bad.add(77)
     with pytest.raises(UserError, match="3 of 149 records cannot be read; the last: record 77"):
         open_references(tmp_path, data, feature, 149)
+    data.max_bad_fraction = 0.1  # as data.source.max_bad_fraction of records
+    assert open_references(tmp_path, data, feature, 149).count == 146
     bad.add(1)
     with pytest.raises(UserError, match="1 references can be read"):
         open_references(tmp_path, data, feature, 2)
@@ -200,6 +203,27 @@ def test_shards_that_end_together_lose_nothing(tmp_path, monkeypatch):
     assert len(measured) == 1 and (tmp_path / "results.jsonl").read_text() == lines
 
 
+def test_every_seed_has_true_shapes_of_its_own():
+    data = Data(config.load_config("shapes"), ("bbox",))
+    keys = {seed: {data.truths(seed)(i)["key"] for i in range(20)} for seed in (0, 1, 10)}
+    assert len(set().union(*keys.values())) == 60
+    scenes = [data.truths(seed)(0)["image"] for seed in (0, 1, 10)]
+    assert np.array_equal(scenes[0], data.held_out(0)["image"])
+    assert len({scene.tobytes() for scene in scenes}) == 3
+
+
+def test_a_mixture_is_measured_by_one_of_its_tasks():
+    """It has each record once for each task: a reference would have copies of itself."""
+    mixture = {"name": "task", "task": "shapes_32_mixture", "path": "x"}
+    for latents in (("bbox",), ("text",)):
+        assert _one_task(mixture, latents) == mixture | {"task": f"shapes_32_{latents[0]}"}
+    assert _one_task(mixture, ())["task"] in task_table.TASKS
+    other = {"name": "shapes", "seed": 1}
+    assert _one_task(other, ("bbox",)) == other
+    with pytest.raises(UserError, match="--data task=NAME: shapes_32_text, "):
+        _one_task(mixture, ("voken", "text"))
+
+
 def test_true_pictures_do_not_depend_on_the_batch(tmp_path):
     for size, metric in ((8, "fid"), (128, "vendi")):
         asked = request(tmp_path, batch_size=size, metrics=(metric,), model=False, ceiling=True)
@@ -219,6 +243,11 @@ def test_true_pictures_do_not_depend_on_the_batch(tmp_path):
         ("--neighbours 3", "--neighbours 3: precision, recall"),
         ("--samples 1 --metrics fid", "--samples 1: fid needs at least 2"),
         ("--name truth", "--name truth: that is what figures call"),
+        ("--name _x", "--name _x: figures leave out names that begin with _"),
+        ("--metrics adherence", "--metrics adherence: this model has no latents to follow"),
+        ("--detector shapes:all", "detector 'shapes' takes no argument, not 'all'"),
+        ("--data num_examples=0", "num_examples 0 must be at least 1"),
+        ("--held-out num_examples=9 --ceiling --samples 10", "--samples 10: the data have 9 true"),
         ("--detector shapes --detector shapes", "both judge objects"),
         ("--held-out sise=3", "did you mean 'size'"),
     ],

@@ -12,7 +12,7 @@ from kaleido_jax import bundle, cli
 from kaleido_jax.data import ShapesSource
 from kaleido_jax.errors import UserError
 from kaleido_jax.evaluate import results
-from kaleido_jax.figures import guidance, pictures, results_table
+from kaleido_jax.figures import grids, guidance, pictures, results_table, style
 from kaleido_jax.latents import LatentDocument
 from tests.test_generate import _bundle, _config
 
@@ -241,6 +241,20 @@ def test_misuse_of_figures(tmp_path, capsys):
         assert cli.main(["figures", *words.split(), "--out", str(tmp_path / "out")]) == 2
         assert line in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    many = f"guidance --results {path} --results {tmp_path / 'none'} --out {tmp_path / 'out'}"
+    assert cli.main(["figures", *many.split()]) == 2
+    assert f"{tmp_path / 'none'}: no results of" in capsys.readouterr().err
+    # Before models are opened and pictures drawn.
+    assert cli.main(["figures", "toy", "--out", str(path)]) == 2
+    assert f"{path} cannot be written" in capsys.readouterr().err
+
+
+def test_words_between_dollars_are_no_formula(tmp_path):
+    caption = "a $5_ and a $6 note"
+    picture = np.zeros((4, 4, 3), np.uint8)
+    figure = grids.panels([picture], [caption], 1)
+    style.save(figure, tmp_path, "words")
+    assert figure.axes[0].get_title() == style.plain(caption) and (tmp_path / "words.svg").exists()
 
 
 @pytest.mark.slow
@@ -288,5 +302,11 @@ def test_default_edits_can_be_made():
             for step in steps:
                 changed = editing.apply(document, step)
                 assert changed.latents != document.latents
+    wide = LatentDocument("a dog", {"bbox": "red Dog (1, 33, 995, 995)"})
+    kinds = [kind for step in pictures.default_steps(wide, HUE_NAMES) for kind, _ in step]
+    assert kinds == ["move", "resize", "word"]
+    for step in pictures.default_steps(wide, HUE_NAMES):
+        editing.apply(wide, step)
+    assert len(pictures.default_steps(wide, ("red",))) == 2  # no other hue
     with pytest.raises(UserError, match="--script"):
         pictures.default_steps(LatentDocument("a cat", {"text": "a cat"}), HUE_NAMES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def _batches(images: Iterator[np.ndarray]) -> Iterator[UInt8[np.ndarray, "n side
 
 
 def _write(save: Callable[[Path], None], path: Path) -> None:
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npz")
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp.npz")
     try:
         save(temporary)
         os.replace(temporary, path)

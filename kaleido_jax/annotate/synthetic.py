@@ -39,13 +39,14 @@ class OracleEngine:
       UserError: another stage, or a range out of bounds.
     """
 
+    batch_size = 64
+
     def __init__(
         self,
         stage: str,
         max_objects: int = 6,
         num_objects: tuple[int, int] = (1, 3),
         semi_axis: tuple[int, int] = (110, 230),
-        batch_size: int = 64,
     ):
         if stage not in oracle.WRITERS:
             raise UserError(
@@ -55,7 +56,7 @@ class OracleEngine:
         if max_objects < 1:
             raise UserError("engine 'oracle': max_objects must be at least 1")
         shapes.check_ranges(num_objects, semi_axis)
-        self.stage, self.batch_size, self.max_objects = stage, batch_size, max_objects
+        self.stage, self.max_objects = stage, max_objects
         self._ranges = (tuple(num_objects), tuple(semi_axis))
         self.provenance: dict[str, Any] = {
             "engine": "oracle",

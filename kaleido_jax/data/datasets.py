@@ -11,7 +11,6 @@ from pathlib import Path
 
 from kaleido_jax.errors import UserError
 
-ENCODINGS = ("jpeg", "png")
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 

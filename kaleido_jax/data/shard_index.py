@@ -60,19 +60,18 @@ class ShardIndex:
     whole: bool
 
 
-def index_shard(shard: Path, cache: Path | None = None) -> ShardIndex:
+def index_shard(shard: Path) -> ShardIndex:
     """The index of a shard, from the cache if that is still true.
 
     Args:
       shard: a .tar; a missing one gives an index without records.
-      cache: folder of kept indices; None is `cache_folder()`.
 
     Raises:
       UserError: links, devices, sparse files or names that lead out of the shard.
     """
     try:
         state = shard.stat()
-        kept = _cache_path(shard, cache)
+        kept = _cache_path(shard)
         found = _read_cache(kept, shard, state)
         if found is None:
             found = _read_headers(shard)
@@ -222,9 +221,9 @@ def _problem(record: ShardRecord, length: int) -> str | None:
 # ---- kept indices -----------------------------------------------------------------------------
 
 
-def _cache_path(shard: Path, cache: Path | None) -> Path:
+def _cache_path(shard: Path) -> Path:
     place = hashlib.blake2b(os.fsencode(shard.resolve()), digest_size=16).hexdigest()
-    return (cache or cache_folder()) / f"{place}.json"
+    return cache_folder() / f"{place}.json"
 
 
 def _read_cache(path: Path, shard: Path, state: os.stat_result) -> _Found | None:

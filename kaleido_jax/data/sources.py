@@ -60,6 +60,8 @@ class ShapesSource:
         latents: tuple[str, ...] = ("text", "bbox", "blob"),
     ):
         shapes.check_ranges(num_objects, semi_axis)
+        if num_examples < 1:
+            raise UserError(f"shapes: num_examples {num_examples} must be at least 1")
         if size < 32:
             raise UserError(f"shapes: size {size} is too small, 32 is the least")
         for name in latents:

@@ -91,11 +91,9 @@ def common(tables: Sequence[Codes], least: int) -> tuple[int, Bool[np.ndarray, "
     return int(fewest[places].min()) if places.any() else least, places
 
 
-def estimate(
-    table: Codes, size: int, places: Bool[np.ndarray, " places"], seed: int = 0
-) -> Estimate:
+def estimate(table: Codes, size: int, places: Bool[np.ndarray, " places"]) -> Estimate:
     """Effective modes of those places, from subsets of `size` pictures; NaN without any place."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     found = [
         effective_modes(generator.multivariate_hypergeometric(row, size, _DRAWS)).mean()
         for row in table.counts[places]

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import shutil
+import uuid
 
 from kaleido_jax.errors import UserError
 
@@ -57,7 +58,9 @@ def foreign(folder: pathlib.Path) -> str:
 
 def begin(out: pathlib.Path) -> pathlib.Path:
     """An empty folder beside `out` to work in; raises UserError where none can be made."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    # Not by the process' number: a killed run with the same one, as in a container, may have
+    # left its folder.
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.mkdir(parents=True)
     except OSError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.resources
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -199,14 +200,21 @@ class VokenDetector:
         return found
 
 
+def _shapes(spec: str) -> Detector:
+    if ":" in spec:
+        raise UserError(f"detector 'shapes' takes no argument, not {spec.partition(':')[2]!r}")
+    return ShapesDetector()
+
+
 def _patch(spec: str) -> Detector:
     argument = spec.partition(":")[2]
-    tokenizer, digest = PatchTokenizer, "default"
     if argument in ("", "default"):
-        made = tokenizer.default()
+        file = importlib.resources.files("kaleido_jax") / "assets" / "shapes_vokens.npz"
+        made = PatchTokenizer.default()
     else:
-        made = tokenizer.load(argument)
-        digest = hashlib.sha256(pathlib.Path(argument).read_bytes()).hexdigest()
+        file = pathlib.Path(argument)
+        made = PatchTokenizer.load(argument)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     return VokenDetector(
         lambda images: [tuple(row) for row in made.encode(images).tolist()],
         {"name": "patch", "sha256": digest},
@@ -301,7 +309,7 @@ def _vokens(spec: str) -> Detector:
 
 # Name -> maker(NAME or NAME:ARGUMENT). Engines bear the names that `kaleido annotate` knows.
 DETECTORS: Mapping[str, Callable[[str], Detector]] = {
-    "shapes": lambda spec: ShapesDetector(),
+    "shapes": _shapes,
     "patch": _patch,
     **dict.fromkeys(("hf", "qwen-vl", "vllm"), _grounding),
     **dict.fromkeys(("seed", "kmeans", "fsq"), _vokens),

@@ -23,7 +23,7 @@ from kaleido_jax.data.reader import Encoder
 from kaleido_jax.errors import UserError
 from kaleido_jax.evaluate.adherence import Detector, Found
 from kaleido_jax.evaluate.data import Data
-from kaleido_jax.latents import LatentDocument
+from kaleido_jax.evaluate.subjects import true_document
 from kaleido_jax.mesh import make_mesh
 from kaleido_jax.metrics import bootstrap
 from kaleido_jax.models.kaleido import Kaleido, KaleidoConfig
@@ -116,10 +116,7 @@ class _Held:
             model.vocabulary, model.config.latents, d.caption_length, d.latent_length, d.image_size
         )
         self.batch = encode.collate([encode(example) for example in examples])
-        self._documents = [
-            LatentDocument(x["caption"], dict(x["latents"]), sample_index=i)
-            for i, x in enumerate(examples)
-        ]
+        self._documents = [true_document(x, i) for i, x in enumerate(examples)]
         self._other = _others(self.batch, bool(model.config.latents))
 
     def judged(self, level: int, noise: float, images: np.ndarray | None) -> list[dict[str, Any]]:

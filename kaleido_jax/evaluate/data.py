@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
-from kaleido_jax.data import RecordError, make_source
+from kaleido_jax.data import RecordError, make_source, task_table
+from kaleido_jax.data.reader import MAX_BAD_FRACTION
 from kaleido_jax.data.sources import Source
 from kaleido_jax.data.streams import permute
 from kaleido_jax.errors import UserError
+from kaleido_jax.latents.document import MAX_CAPTION
 from kaleido_jax.prompts import clean_prompt
 
 # The generator of shapes gives other data for another seed; training uses the config's own.
 HELD_OUT = 10_000
-MAX_BAD_FRACTION = 0.02
 _TRIES = 50
 _PROBES = 32
 
@@ -32,6 +33,7 @@ class Data:
 
     Attributes:
       name: of the source. held_out_source: the source of held-out examples.
+      max_bad_fraction: share of references that may be unreadable.
     """
 
     def __init__(
@@ -52,14 +54,15 @@ class Data:
         Raises:
           UserError: an unknown setting, missing files, data that are no pictures.
         """
-        settings = _changed(config.data.source.to_dict(), changes)
+        settings = _one_task(_changed(config.data.source.to_dict(), changes), latents)
         self.name = settings["name"]
         if self.name == "toy":
             raise UserError("the toy has no pictures to evaluate; see `kaleido figures toy`")
         size = config.data.image_size
-        self._settings, self._size = settings, size
+        self._settings, self._size, self._latents = settings, size, tuple(latents)
+        self.max_bad_fraction = settings.get("max_bad_fraction", MAX_BAD_FRACTION)
         self._training = make_source(settings, size)
-        own = _changed(settings, held_out)
+        own = _one_task(_changed(settings, held_out), latents)
         if own["name"] != self.name:
             raise UserError(
                 f"--held-out name={own['name']}: must be the training's, {self.name!r}; --data "
@@ -72,7 +75,8 @@ class Data:
         )
         if self.name == "shapes":
             own = own | {"seed": own.get("seed", 0) + HELD_OUT}
-        self.held_out_source = make_source(own, size, tuple(latents))
+        self._held_out_settings = own
+        self.held_out_source = make_source(own, size, self._latents)
 
     def __len__(self) -> int:
         return len(self._training)
@@ -81,6 +85,8 @@ class Data:
         """Raises UserError where true pictures repeat or are among the references (0: all)."""
         references, own = references or len(self), len(self.held_out_source)
         if self.name == "shapes":
+            if samples > own:
+                raise UserError(f"--samples {samples}: the data have {own} true pictures")
             return
         if self._apart and samples > own:
             raise UserError(f"--samples {samples}: --held-out has {own} true pictures")
@@ -124,6 +130,17 @@ class Data:
                 last = error
         raise UserError(f"{_TRIES} unusable records; the last: {last.where}: {last}")
 
+    def truths(self, seed: int) -> Callable[[int], dict[str, Any]]:
+        """Held-out examples by number, for true pictures rather than for their captions.
+
+        Another seed has other shapes. Records are the same for all.
+        """
+        if self.name != "shapes":
+            return lambda number: self.held_out(number, ask=False)
+        settings = self._held_out_settings
+        settings = settings | {"seed": settings["seed"] + seed}
+        return make_source(settings, self._size, self._latents).__getitem__
+
     def reference(self, number: int) -> UInt8[np.ndarray, "h w 3"]:
         """A training picture by its number in the order; raises RecordError for a bad record."""
         place = number if self.name == "shapes" else _order(number, len(self))
@@ -164,6 +181,20 @@ def _other_records(one: Source, other: Source) -> bool:
     return digests[0].digest() != digests[1].digest()
 
 
+def _one_task(settings: dict[str, Any], latents: Sequence[str]) -> dict[str, Any]:
+    """A mixture has its records once for each of its tasks; the settings of one of these."""
+    spec = task_table.find(settings["task"]) if settings["name"] == "task" else None
+    if not isinstance(spec, task_table.MixtureSpec):
+        return settings
+    alike = [one.name for one in spec.tasks if not latents or one.latents == tuple(latents)]
+    if not alike or len({one.records for one in spec.tasks}) > 1:
+        raise UserError(
+            f"task {spec.name} is a mixture of several data; name one of its tasks with"
+            f" --data task=NAME: {', '.join(one.name for one in spec.tasks)}"
+        )
+    return settings | {"task": alike[0]}
+
+
 def _order(place: int, size: int) -> int:
     return int(permute(np.array([place]), size, "evaluate", 0)[0])
 
@@ -172,7 +203,9 @@ def _one_line(example: dict[str, Any], ask: bool) -> dict[str, Any]:
     """An example with its caption as a line; raises RecordError where one may not `ask` for it."""
     caption = " ".join(example["caption"].split())
     try:
-        return example | {"caption": clean_prompt(caption, "caption") if ask else caption}
+        return example | {
+            "caption": clean_prompt(caption, "caption") if ask else caption[:MAX_CAPTION]
+        }
     except UserError as error:
         raise RecordError(example["key"], str(error)) from error
 

@@ -29,6 +29,6 @@ PROTOCOLS = {
     "quick": Protocol(1_000, 2_000, 2_000, 1, 100),
     # Dhariwal & Nichol 2021: FID against the whole training set, recall against 10,000 of it.
     "adm": Protocol(50_000, 0, 10_000, 10, 50),
-    # Sec. 4.1 of the paper: "50k samples against the full training set", both FID and recall.
+    # Sec. 4.2 of the paper: "50k samples against the full training set", both FID and recall.
     "paper": Protocol(50_000, 0, 0, 10, 50),
 }

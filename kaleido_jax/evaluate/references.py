@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 from kaleido_jax import checkpoint
 from kaleido_jax.data import RecordError
 from kaleido_jax.errors import UserError
-from kaleido_jax.evaluate.data import MAX_BAD_FRACTION, Data
+from kaleido_jax.evaluate.data import Data
 from kaleido_jax.evaluate.features import Feature
 from kaleido_jax.evaluate.pictures import write_array
 from kaleido_jax.metrics import frechet
@@ -102,8 +102,8 @@ def _read(
     return images, last
 
 
-def _check_bad(bad: int, count: int, last: RecordError | None) -> None:
-    if last is not None and bad > max(1, MAX_BAD_FRACTION * count):
+def _check_bad(data: Data, bad: int, count: int, last: RecordError | None) -> None:
+    if last is not None and bad > max(1, data.max_bad_fraction * count):
         raise UserError(
             f"{bad} of {count} records cannot be read; the last: {last.where}: {last}"
         ) from last
@@ -128,7 +128,7 @@ def _make(
                 if not path.exists():
                     images, error = _read(data, numbers)
                     bad += len(numbers) - len(images)
-                    _check_bad(bad, count, error)
+                    _check_bad(data, bad, count, error)
                     if not images:  # the last part may be one record that cannot be read
                         continue
                     write_array(path, feature.compute(np.stack(images))[0])

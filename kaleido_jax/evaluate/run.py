@@ -100,6 +100,9 @@ def run(request: Request, say: Say = print) -> list[dict[str, Any]]:
         checked_count(request.protocol.references, data)
         measure.check_sizes(names, request.protocol, len(data))
     specs = default_detectors(pipe.names, data) if request.detectors is None else request.detectors
+    if names == ("adherence",) and not (specs and pipe.names):
+        why = "no detector looks" if pipe.names else "this model has no latents to follow"
+        raise UserError(f"--metrics adherence: {why}")
     evaluation = _Evaluation(request, data, feature, names, specs, say)
     for subject, weight in _subjects(request, pipe, data):
         evaluation.evaluate(subject, weight)

@@ -20,8 +20,6 @@ from kaleido_jax.generate import Pipeline
 from kaleido_jax.latents import LatentDocument
 
 Drawn = tuple[UInt8[np.ndarray, "n h w 3"], list[LatentDocument]]
-# Seeds of the ceiling and the theory take their pictures this far apart.
-_STRIDE = 100_003
 
 
 class Subject(Protocol):
@@ -95,7 +93,7 @@ class Model:
     def _true_documents(self, numbers: Sequence[int]) -> list[LatentDocument]:
         settings = {"seed": self._seed, **self._denoising}
         return [
-            dataclasses.replace(_true_document(self._data.held_out(i // self._each), i), **settings)
+            dataclasses.replace(true_document(self._data.held_out(i // self._each), i), **settings)
             for i in numbers
         ]
 
@@ -117,7 +115,7 @@ class Truth:
     """True pictures with their true latents: the ceiling of every metric."""
 
     def __init__(self, data: Data, latents: Sequence[str], seed: int):
-        self._data, self._latents, self._seed = data, tuple(latents), seed
+        self._examples = data.truths(seed)
         self.label = f"true pictures, seed {seed}"
         self.identity = {
             "subject": "truth",
@@ -128,13 +126,13 @@ class Truth:
         }
 
     def draw(self, numbers: Sequence[int]) -> Drawn:
-        first = self._seed * _STRIDE if self._data.name == "shapes" else 0
-        examples = [self._data.held_out(first + i, ask=False) for i in numbers]
-        documents = [_true_document(x, i) for i, x in zip(numbers, examples, strict=True)]
+        examples = [self._examples(i) for i in numbers]
+        documents = [true_document(x, i) for i, x in zip(numbers, examples, strict=True)]
         return np.stack([example["image"] for example in examples]), documents
 
 
-def _true_document(example: Mapping[str, Any], index: int) -> LatentDocument:
+def true_document(example: Mapping[str, Any], index: int) -> LatentDocument:
+    """The caption of an example with the latents that it has."""
     latents = {name: string for name, string in example["latents"].items() if string}
     return LatentDocument(example["caption"], latents, sample_index=index)
 

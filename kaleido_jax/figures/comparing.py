@@ -14,10 +14,13 @@ Result = Mapping[str, Any]
 
 
 def open_results(paths: Sequence[pathlib.Path]) -> list[dict[str, Any]]:
-    """All results of the files, none twice; UserError where there is none."""
-    results = {r["id"]: r for path in paths for r in read_results(path)}
-    if not results:
-        raise UserError(f"{', '.join(map(str, paths))}: no results of `kaleido evaluate`")
+    """All results of the files, none twice; UserError where a file has none."""
+    results: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        found = {r["id"]: r for r in read_results(path)}
+        if not found:
+            raise UserError(f"{path}: no results of `kaleido evaluate`")
+        results |= found
     return list(results.values())
 
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from kaleido_jax.figures.style import COLOURS, GREY, INK
+from kaleido_jax.figures.style import COLOURS, GREY, INK, plain
 
 _ENLARGED, _GAP = 96, 4  # pixels
 _FRAME = 190  # grey: white pictures would run into the paper
@@ -53,7 +53,7 @@ def by_guidance(
     figure = Figure(figsize=(width, height * len(captions)), layout="constrained")
     parts = np.atleast_1d(figure.subfigures(len(captions), 1, hspace=0.03))
     for number, (caption, part) in enumerate(zip(captions, parts, strict=True)):
-        part.suptitle(f"“{caption}”", fontsize=13, color=INK, style="italic")
+        part.suptitle(f"“{plain(caption)}”", fontsize=13, color=INK, style="italic")
         axes = part.subplots(len(pictures), len(weights), squeeze=False)
         for row, (model, by_weight) in enumerate(pictures.items()):
             for column, (weight, cells) in enumerate(by_weight.items()):
@@ -82,5 +82,5 @@ def panels(
     for ax, image, title in zip(axes, images, titles, strict=False):
         show(ax, image)
         ax.set_anchor("N")
-        ax.set_title(title, fontsize=9, color=GREY, wrap=True)
+        ax.set_title(plain(title), fontsize=9, color=GREY, wrap=True)
     return figure

@@ -25,7 +25,7 @@ from kaleido_jax.figures.comparing import (
     open_results,
     seeds_once,
 )
-from kaleido_jax.figures.style import BASELINE, COLOURS, FAINT, GREY, INK, KALEIDO
+from kaleido_jax.figures.style import BASELINE, COLOURS, FAINT, GREY, INK, KALEIDO, plain
 
 METRICS = ("fid", "recall_3")
 _OTHERS = ("#7b3294", "#1b7837", "#b2182b")
@@ -213,7 +213,7 @@ def _panel(
             lw=2,
             elinewidth=1,
             capsize=2,
-            label=label,
+            label=plain(label),
             **looks[label],
         )
     if along == "guidance":

@@ -12,7 +12,7 @@ from kaleido_jax import editing
 from kaleido_jax.errors import UserError
 from kaleido_jax.figures import grids
 from kaleido_jax.generate import Output, Pipeline
-from kaleido_jax.latents import LatentDocument, bbox, panel
+from kaleido_jax.latents import LatentDocument, bbox, blob, panel
 from kaleido_jax.latents.edit import objects
 
 COLUMNS, ROWS = 4, 2  # pictures of one cell of `diversity`
@@ -91,13 +91,23 @@ def default_steps(document: LatentDocument, hues: Sequence[str]) -> list[editing
         raise UserError("figures editing: no object to edit; name edits with --script FILE")
     phrase, shape = found[0]
     across = (shape.x1 + shape.x2) // 2 if isinstance(shape, bbox.Box) else shape.xc
-    steps = [[("move", f"#1={-120 if across > 500 else 120},0")], [("resize", "#1=1.3")]]
+    steps = [[("resize", "#1=1.3")]]
+    if room := _room(shape, left=across > 500):
+        steps.insert(0, [("move", f"#1={room},0")])
     words = phrase.split()
     old = next((hue for hue in hues if hue in words), None)
     if old is not None:
         used = {word for other, _ in found for word in other.split()}
-        steps.append([("word", f"{old}={next(hue for hue in hues if hue not in used)}")])
+        other = next((hue for hue in hues if hue not in used), None)
+        if other is not None:
+            steps.append([("word", f"{old}={other}")])
     return steps
+
+
+def _room(shape: bbox.Box | blob.Ellipse, left: bool) -> int:
+    """How far an object can be moved and stay in the picture, 120 at most; negative to the left."""
+    low, high = (shape.x1, shape.x2) if isinstance(shape, bbox.Box) else (shape.xc, shape.xc)
+    return -min(120, low) if left else min(120, 1000 - high)
 
 
 def _draw(

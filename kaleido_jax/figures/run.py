@@ -69,8 +69,21 @@ def _replace(
             for path in made:
                 os.replace(temporary / path.name, path)
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+        raise _cannot_write(folder, error) from error
     return made
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Raises UserError, before hours of drawing, for a folder that cannot be made or written."""
+    above = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
+    try:
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def _cannot_write(folder: pathlib.Path, error: OSError) -> UserError:
+    return UserError(f"{folder} cannot be written: {error.strerror or error}")
 
 
 def toy(quick: bool, seed: int, say: Say) -> pictures.Drawing:
@@ -153,6 +166,8 @@ def edits(
       UserError: nothing to edit, edits that cannot be made.
     """
     if source is not None:
+        if prompts:
+            raise UserError("figures editing: --document has a caption of its own, so no --prompt")
         document = load_document(source)
     else:
         if not pipe.names:
@@ -163,5 +178,4 @@ def edits(
         steps = editing.read_steps(script)
     else:
         steps = pictures.default_steps(document, HUE_NAMES)
-    chosen = {} if source is not None else settings
-    return pictures.edited(pipe.edit(document, steps, seed=seed, **chosen), steps)
+    return pictures.edited(pipe.edit(document, steps, seed=seed, **settings), steps)

@@ -16,6 +16,11 @@ DPI = 160
 _STYLE = {"svg.fonttype": "path", "svg.hashsalt": "kaleido"}
 
 
+def plain(words: str) -> str:
+    """Words of a user as matplotlib draws them literally: between two $ it would read a formula."""
+    return words.replace("$", r"\$")
+
+
 def save(
     figure: Figure, folder: pathlib.Path, name: str, vector: bool = True, dpi: int = DPI
 ) -> None:

@@ -23,6 +23,7 @@ import math
 import numbers
 import os
 import re
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -312,7 +313,7 @@ def _setting(value: object, where: str) -> str | int | float | bool | None:
 
 def _write_beside(path: Path, write: Any) -> None:
     """Calls write(file) on a hidden file beside `path` and renames it, so none is ever half."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(beside, "wb") as file:
             write(file)

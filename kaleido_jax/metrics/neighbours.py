@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int
 from kaleido_jax.metrics.rows import Rows, as_rows
 
 BLOCK = 4096
-Tick = Callable[[float], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +93,12 @@ def radii(
     centre: Float[np.ndarray, " d"],
     ks: Sequence[int],
     size: int = BLOCK,
-    tick: Tick = lambda share: None,
 ) -> Float[np.ndarray, "ks n"]:
     """Squared distance of each row to its k-th nearest other row, for each k, in float32.
 
     Args:
       ks: each under the number of rows.
       size: rows and columns of a block.
-      tick: is told the share that is done.
 
     Raises:
       ValueError: too few rows.
@@ -117,7 +114,6 @@ def radii(
             ids = np.where(np.arange(size) < width, other + np.arange(size), -1)
             best = _nearest(rows, row_ids, columns, ids, best, max(ks))
         found[:, start : start + count] = np.asarray(best)[:count, places].T
-        tick((start + count) / len(features))
     return found
 
 
@@ -126,7 +122,6 @@ def manifolds(
     fake: Rows | Float[np.ndarray, "fakes d"],
     ks: Sequence[int] = (3, 5),
     size: int = BLOCK,
-    tick: Tick = lambda share: None,
 ) -> dict[int, Manifolds]:
     """What every picture contributes to precision, recall, density and coverage, for each k.
 
@@ -135,7 +130,6 @@ def manifolds(
     Args:
       real, fake: features of both sets, more than max(ks) rows each.
       size: rows and columns of a block; changes memory and speed only.
-      tick: is told the share that is done.
 
     Raises:
       ValueError: too few rows.
@@ -146,11 +140,8 @@ def manifolds(
     for _, block in real.blocks():
         centre += block.sum(0, dtype=np.float64)
     centre /= len(real)
-    work = len(real) ** 2, len(fake) ** 2, len(real) * len(fake)
-    total = sum(work)
-    real_radii = radii(real, centre, ks, size, lambda s: tick(s * work[0] / total))
-    before = work[0]
-    fake_radii = radii(fake, centre, ks, size, lambda s: tick((before + s * work[1]) / total))
+    real_radii = radii(real, centre, ks, size)
+    fake_radii = radii(fake, centre, ks, size)
     around = np.zeros((len(ks), len(fake)), np.int64)
     inside = np.zeros((len(ks), len(real)), bool)
     nearest = np.full(len(real), np.inf, np.float32)
@@ -164,7 +155,6 @@ def manifolds(
             around[:, start : start + count] += counts[:, :count]
             inside[:, here] |= hit[:, :width]
             nearest[here] = np.minimum(nearest[here], closest[:width])
-        tick((work[0] + work[1] + work[2] * (start + count) / len(fake)) / total)
     return {
         k: Manifolds(around[i] > 0, around[i] / k, inside[i], nearest < real_radii[i])
         for i, k in enumerate(ks)

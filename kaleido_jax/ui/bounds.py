@@ -255,10 +255,10 @@ def read_shapes(name: str, parts: Any) -> str:
     return LATENTS[name].write(tuple(segments))
 
 
-def read_json(text: Any, limit: int = MAX_SHAPES_CHARACTERS) -> Any:
+def read_json(text: Any) -> Any:
     """JSON from a browser: bounded, no NaN. Raises UserError for anything else."""
-    if not isinstance(text, str) or len(text) > limit:
-        raise UserError(f"must be JSON of at most {limit:,} characters")
+    if not isinstance(text, str) or len(text) > MAX_SHAPES_CHARACTERS:
+        raise UserError(f"must be JSON of at most {MAX_SHAPES_CHARACTERS:,} characters")
 
     def refuse(word: str) -> None:
         raise ValueError(word)

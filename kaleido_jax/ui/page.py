@@ -37,9 +37,9 @@ def theme() -> gr.themes.Base:
     )
 
 
-def picks(value: str = "", **options: object) -> gr.HTML:
+def picks(**options: object) -> gr.HTML:
     """HTML whose buttons can name a picture."""
-    return gr.HTML(value, js_on_load=static("pick.js"), **options)
+    return gr.HTML("", js_on_load=static("pick.js"), **options)
 
 
 class Page:

@@ -164,8 +164,8 @@ def _edit_words(verb: str, argument: str) -> str:
     return f"{name} is now {_short(string)}"
 
 
-def _short(text: str, limit: int = 90) -> str:
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+def _short(text: str) -> str:
+    return text if len(text) <= 90 else f"{text[:87]}..."
 
 
 def compared(found: Sequence[Compared], caption: str) -> str:
