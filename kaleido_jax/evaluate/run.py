@@ -288,6 +288,11 @@ class _Evaluation:
                 self._references = open_references(
                     self._request.out / "references", self._data, self._feature, count, tick
                 )
+            # Fewer than asked for may have been readable.
+            readable = dataclasses.replace(
+                self._request.protocol, references=self._references.count
+            )
+            measure.check_sizes(self._names, readable, self._references.count)
         return self._references
 
     @contextlib.contextmanager
