@@ -119,6 +119,8 @@ class Truth:
         self.label = f"true pictures, seed {seed}"
         self.identity = {
             "subject": "truth",
+            # Tells them from pictures that an older version left in the same folder.
+            **({"scenes": "of the seed"} if data.name == "shapes" else {}),
             "latents": list(latents),
             "seed": seed,
             "captions": data.describe(),
