@@ -11,8 +11,6 @@ import dataclasses
 import math
 import os
 import pathlib
-import shutil
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,7 +18,7 @@ import flax.traverse_util as traverse
 import numpy as np
 from ml_collections import ConfigDict
 
-from kaleido_jax import checkpoint, lora, quantize, tensor_files, trainable
+from kaleido_jax import beside, checkpoint, lora, quantize, tensor_files, trainable
 from kaleido_jax import config as config_lib
 from kaleido_jax.errors import UserError
 from kaleido_jax.model_card import model_card
@@ -113,8 +111,8 @@ def check_workdir(
 def start_workdir(workdir: pathlib.Path, config: ConfigDict, vocabulary: Vocabulary) -> None:
     """Writes config and tokenizer into a workdir; UserError where it cannot be written."""
     try:
-        checkpoint.write_bytes(workdir / CONFIG, config_lib.to_json(config).encode())
-        checkpoint.write_bytes(workdir / TOKENIZER, vocabulary.model)
+        beside.write_bytes(workdir / CONFIG, config_lib.to_json(config).encode())
+        beside.write_bytes(workdir / TOKENIZER, vocabulary.model)
     except OSError as error:
         raise UserError(f"cannot write to the workdir {workdir}: {error.strerror}") from error
 
@@ -129,16 +127,12 @@ def new_folder(folder: str | os.PathLike) -> Iterator[pathlib.Path]:
     folder = pathlib.Path(folder)
     if folder.exists() or folder.is_symlink():
         raise UserError(f"{folder} already exists; name a new folder")
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, folder)
+        with beside.new_folder(folder) as temporary:
+            yield temporary
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise UserError(f"cannot write {folder}: {reason}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def save(

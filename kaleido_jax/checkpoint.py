@@ -22,7 +22,6 @@ import pathlib
 import re
 import shutil
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kaleido_jax import save_failures
+from kaleido_jax import beside, save_failures
 from kaleido_jax.errors import StopRun, UserError
 
 _STEP = re.compile(r"step_(\d{8,})")
@@ -39,22 +38,7 @@ _STEP = re.compile(r"step_(\d{8,})")
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON beside `path` and renames, so that no reader sees half of it."""
-    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
-
-
-def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """Writes bytes beside `path`, flushes them to disk and renames."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not by the process' number: those of two containers with one folder may be equal.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    beside.write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
 
 def hash_files(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import re
-import shutil
 import sys
-import uuid
 from typing import TYPE_CHECKING
 
+from kaleido_jax import beside
 from kaleido_jax import cli_arguments as arguments
 from kaleido_jax.errors import UserError
 
@@ -161,20 +159,15 @@ def draw(args: argparse.Namespace, vocabulary: Vocabulary) -> None:
         args.start,
     )
     lines = []
-    out = args.out.resolve()
-    beside = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     try:
-        beside.mkdir(parents=True)
-        for number, example in enumerate(examples):
-            lines.append(_write(beside, number, example))
-        (beside / "examples.jsonl").write_text("".join(lines), "utf-8")
-        os.replace(beside, out)
+        with beside.new_folder(args.out.resolve()) as folder:
+            for number, example in enumerate(examples):
+                lines.append(_write(folder, number, example))
+            (folder / "examples.jsonl").write_text("".join(lines), "utf-8")
     except BrokenPipeError:  # of what is printed
         raise
     except OSError as error:
         raise UserError(f"{args.out} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     print(f"{len(lines)} pictures and examples.jsonl: {args.out}")
 
 

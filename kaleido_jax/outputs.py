@@ -6,8 +6,6 @@ import dataclasses
 import math
 import os
 import pathlib
-import shutil
-import uuid
 from collections.abc import Collection, Mapping
 
 import numpy as np
@@ -15,7 +13,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 import kaleido_jax
-from kaleido_jax import checkpoint
+from kaleido_jax import beside, checkpoint
 from kaleido_jax.errors import UserError
 from kaleido_jax.latents import LatentDocument, panel, save_document, save_png
 
@@ -120,18 +118,13 @@ def write_outputs(
       UserError: the folder already holds something or cannot be written.
     """
     folder = check_folder(folder)
-    temporary = folder.absolute().with_name(f".{folder.absolute().name}.{uuid.uuid4().hex}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        for name, sheet in (sheets or {}).items():
-            Image.fromarray(sheet).save(temporary / name)
-        _write(output, temporary)
-        # Renaming onto an empty folder replaces it.
-        os.replace(temporary, folder)
+        with beside.new_folder(folder) as temporary:
+            for name, sheet in (sheets or {}).items():
+                Image.fromarray(sheet).save(temporary / name)
+            _write(output, temporary)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -148,12 +141,8 @@ def write_picture(
         return
     if document.latents:
         (folder / "panels").mkdir(exist_ok=True)
-        beside = folder / "panels" / f".{name}.{uuid.uuid4().hex}.tmp"
-        try:
-            Image.fromarray(panel(image, document.latents)).save(beside, format="PNG")
-            os.replace(beside, folder / "panels" / f"{name}.png")
-        finally:
-            beside.unlink(missing_ok=True)
+        with beside.new_file(folder / "panels" / f"{name}.png") as temporary:
+            Image.fromarray(panel(image, document.latents)).save(temporary, format="PNG")
     save_png(folder / f"{name}.png", image, document)
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from kaleido_jax.checkpoint import write_bytes
+from kaleido_jax.beside import write_bytes
 
 # Metrics that count updates which kaleido_jax.guards dropped.
 _COUNTS = frozenset({"bad", "spike"})

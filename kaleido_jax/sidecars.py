@@ -16,10 +16,10 @@ import hashlib
 import json
 import os
 import pathlib
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from kaleido_jax import beside
 from kaleido_jax.errors import UserError
 from kaleido_jax.latents import LATENTS, LatentError
 
@@ -331,17 +331,9 @@ def _json(value: Any) -> bytes:
 
 
 def _write(path: pathlib.Path, data: bytes) -> None:
-    """Writes beside, flushes to disk and renames: a reader sees all of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        beside.write_bytes(path, data)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 

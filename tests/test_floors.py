@@ -20,7 +20,7 @@ MAX_LINES = 450
 GROUPS = {
     0: {
         "vocabulary": (
-            "compiled compiling config diffusion distributed errors flops latents locks"
+            "beside compiled compiling config diffusion distributed errors flops latents locks"
             " lora mesh prompts quantize rng schedule sidecars trainable types"
         ),
     },

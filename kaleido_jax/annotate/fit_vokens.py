@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
+from kaleido_jax import beside
 from kaleido_jax.annotate import inputs
 from kaleido_jax.annotate.inputs import IMAGE_SIZE
 from kaleido_jax.data.sources import RecordError
@@ -92,7 +91,11 @@ def fit(
         else:
             codes = num_codes or PATCH_CODES
             codebook = voken_tokenizer.fit(np.stack(small), codes, components, seed)
-    _write(codebook.save, path)
+    try:
+        with beside.new_file(path) as temporary, open(temporary, "wb") as file:
+            codebook.save(file)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     return f"{name}:{path}"
 
 
@@ -128,14 +131,3 @@ def _batches(images: Iterator[np.ndarray]) -> Iterator[UInt8[np.ndarray, "n side
         batch.append(image)
     if batch:
         yield np.stack(batch)
-
-
-def _write(save: Callable[[Path], None], path: Path) -> None:
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp.npz")
-    try:
-        save(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

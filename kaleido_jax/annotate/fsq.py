@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -79,8 +80,8 @@ class FsqTokenizer:
         places = np.cumprod([1, *self.levels[:-1]])
         return (digits * places).sum(1).reshape(len(images), voken.COUNT)
 
-    def save(self, path: str | Path) -> None:
-        """Write as .npz."""
+    def save(self, path: str | Path | BinaryIO) -> None:
+        """Write as .npz, to a path that ends so or to a file."""
         np.savez_compressed(
             path, mean=self.mean, basis=self.basis, scale=self.scale, levels=np.array(self.levels)
         )

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from kaleido_jax import sidecars
+from kaleido_jax import beside, sidecars
 from kaleido_jax.data import tf_example
 from kaleido_jax.data.build_inputs import Content, Skipped, Stored, Unit, open_unit
 from kaleido_jax.data.record_source import LATENT_NAMES
@@ -146,7 +145,7 @@ def _build(job: Job, unit: Unit) -> None:
     skipped = list(content.lost)
     statuses = {name: Counter() for name in LATENT_NAMES}
     path = unit_path(job, unit)
-    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
+    temporary = beside.hidden(path)
     written = 0
 
     def examples() -> Iterator[tuple[int, bytes]]:
@@ -289,7 +288,5 @@ def _done_path(job: Job, unit: Unit) -> Path:
 
 
 def _write(path: Path, value: Any) -> None:
-    """Writes beside and renames."""
-    temporary = path.with_name(f".{uuid.uuid4().hex}.{path.name}")
-    temporary.write_text(json.dumps(value), "utf-8")
-    os.replace(temporary, path)
+    with beside.new_file(path) as temporary:
+        temporary.write_text(json.dumps(value), "utf-8")

@@ -14,11 +14,11 @@ import json
 import os
 import re
 import tarfile
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from kaleido_jax import beside
 from kaleido_jax.errors import UserError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -261,14 +261,10 @@ def _write_cache(path: Path, state: os.stat_result, found: _Found) -> None:
         "lost": lost,
         "broken": broken,
     }
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(kept), "ascii")
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        with beside.new_file(path) as temporary:
+            temporary.write_text(json.dumps(kept), "ascii")
 
 
 def _state(state: os.stat_result) -> list[int]:

@@ -6,8 +6,8 @@ import json
 import os
 import pathlib
 import shutil
-import uuid
 
+from kaleido_jax import beside
 from kaleido_jax.errors import UserError
 
 RESULTS = "results.json"
@@ -58,9 +58,7 @@ def foreign(folder: pathlib.Path) -> str:
 
 def begin(out: pathlib.Path) -> pathlib.Path:
     """An empty folder beside `out` to work in; raises UserError where none can be made."""
-    # Not by the process' number: a killed run with the same one, as in a container, may have
-    # left its folder.
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    temporary = beside.hidden(out)
     try:
         temporary.mkdir(parents=True)
     except OSError as error:

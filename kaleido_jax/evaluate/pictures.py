@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from kaleido_jax import checkpoint
+from kaleido_jax import beside, checkpoint
 from kaleido_jax.errors import UserError
 from kaleido_jax.evaluate.features import Feature
 from kaleido_jax.evaluate.subjects import Drawn, Subject
@@ -74,7 +74,7 @@ class Pictures:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, images=images, documents=np.frombuffer(lines, np.uint8))
         with _writing(self.folder):
-            checkpoint.write_bytes(self._path(part), buffer.getvalue())
+            beside.write_bytes(self._path(part), buffer.getvalue())
         return len(numbers)
 
     def _read(self, part: int) -> tuple[UInt8[np.ndarray, "n h w 3"], bytes] | None:
@@ -126,7 +126,7 @@ def write_array(path: pathlib.Path, array: np.ndarray) -> None:
     """Writes an .npy beside its place and renames it."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
-    checkpoint.write_bytes(path, buffer.getvalue())
+    beside.write_bytes(path, buffer.getvalue())
 
 
 @contextlib.contextmanager

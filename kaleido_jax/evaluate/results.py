@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kaleido_jax import checkpoint
+from kaleido_jax import beside
 from kaleido_jax.errors import UserError
 from kaleido_jax.runlog import tensorboard_writer
 
@@ -79,7 +79,7 @@ def append(path: pathlib.Path, result: Mapping[str, Any]) -> None:
             before = path.read_bytes() if path.exists() else b""
             if before and not before.endswith(b"\n"):
                 before += b"\n"
-            checkpoint.write_bytes(path, before + line.encode())
+            beside.write_bytes(path, before + line.encode())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 

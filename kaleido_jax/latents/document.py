@@ -15,7 +15,6 @@ they are bounded in size and nothing in them is ever run.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -23,7 +22,6 @@ import math
 import numbers
 import os
 import re
-import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, PngImagePlugin
 
+from kaleido_jax import beside
 from kaleido_jax.latents.characters import check_integer
 from kaleido_jax.latents.drawing import check_picture
 from kaleido_jax.latents.errors import DocumentError, LatentError, excerpt
@@ -311,24 +310,17 @@ def _setting(value: object, where: str) -> str | int | float | bool | None:
     return _float(value, where)
 
 
-def _write_beside(path: Path, write: Any) -> None:
-    """Calls write(file) on a hidden file beside `path` and renames it, so none is ever half."""
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+def _write(path: Path, data: bytes) -> None:
     try:
-        with open(beside, "wb") as file:
-            write(file)
-        os.replace(beside, path)
+        with beside.new_file(path) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
         raise DocumentError(f"{path}: cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
 
 
 def save_document(path: str | os.PathLike, document: LatentDocument) -> None:
     """Writes the document as indented JSON. Raises DocumentError if `path` cannot be written."""
-    text = document.to_json(indent=1).encode() + b"\n"
-    _write_beside(Path(path), lambda file: file.write(text))
+    _write(Path(path), document.to_json(indent=1).encode() + b"\n")
 
 
 def png_bytes(
@@ -353,8 +345,7 @@ def save_png(
     path: str | os.PathLike, image: UInt8[np.ndarray, "height width 3"], document: LatentDocument
 ) -> None:
     """Writes `png_bytes`. Raises as it does, and DocumentError if `path` cannot be written."""
-    data = png_bytes(image, document, path)
-    _write_beside(Path(path), lambda file: file.write(data))
+    _write(Path(path), png_bytes(image, document, path))
 
 
 def read_png(

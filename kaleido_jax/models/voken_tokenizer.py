@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.resources
 import io
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -66,8 +67,8 @@ class PatchTokenizer:
         with importlib.resources.as_file(asset) as path:
             return cls.load(path)
 
-    def save(self, path: str | Path) -> None:
-        """Write as float16 .npz."""
+    def save(self, path: str | Path | BinaryIO) -> None:
+        """Write as float16 .npz, to a path that ends so or to a file."""
         arrays = {"mean": self.mean, "basis": self.basis, "centres": self.centres}
         np.savez_compressed(path, **{name: a.astype(np.float16) for name, a in arrays.items()})
 
